@@ -1,0 +1,1 @@
+"""Benchmarks: how long tpformer takes, beside the peers a reader would otherwise use."""

@@ -1,0 +1,163 @@
+"""The differentiable collectives, and the two doors of a tensor-parallel region.
+
+    enter_parallel   identity   | all-reduce        or, sequence parallel,  all-gather     | reduce-scatter
+    leave_parallel   all-reduce | identity          or, sequence parallel,  reduce-scatter | all-gather
+                     forward    | backward                                  forward        | backward
+
+Sources: arXiv 1909.08053, section 3 (its f and g); arXiv 2205.05198, section 4.2 (sequence parallelism).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpformer.mesh import Axis, Mesh
+
+
+class Pending:
+    """A tensor that a collective is still filling; `wait()` returns it when it is whole."""
+
+    def __init__(self, work: dist.Work | None, buffer: Tensor, axis_size: int = 1):
+        self._work, self._buffer, self._axis_size = work, buffer, axis_size
+
+    def wait(self) -> Tensor:
+        """Block until the collective is done (on CUDA: until the current stream has it) and return the tensor."""
+        if self._work is not None:
+            self._work.wait()
+        if self._axis_size > 1:  # a gathered sequence: (tp, ..., s/tp, d) -> (..., s, d)
+            return self._buffer.movedim(0, -3).flatten(-3, -2)
+        return self._buffer
+
+
+def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
+    """Start summing x over the axis, in place; x must be contiguous and nobody else's."""
+    return Pending(dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None, x)
+
+
+def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
+    """Sum x over the axis, in place."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def start_gather_sequence(x: Tensor, axis: Axis) -> Pending:
+    """Start collecting (..., s/tp, d) from every rank into (..., s, d)."""
+    buffer = x.new_empty(axis.size, *x.shape)
+    return Pending(_all_gather(buffer, x, axis), buffer, axis.size)
+
+
+def start_scatter_sequence(x: Tensor, axis: Axis) -> Pending:
+    """Start summing (..., s, d) over the axis, leaving each rank its (..., s/tp, d)."""
+    parts = split_sequence(x, axis).contiguous()  # (tp, ..., s/tp, d)
+    mine = torch.empty_like(parts[0])
+    # torch 2.13 renamed it
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return Pending(reduce_scatter(mine.view(-1), parts.view(-1), group=axis.group, async_op=True), mine)
+
+
+def split_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """View (..., s, d) as one part a rank, (tp, ..., s/tp, d).
+
+    Raises ValueError if the axis does not divide the sequence.
+    """
+    length = x.shape[-2]
+    if length % axis.size:
+        raise ValueError(f"sequence length ({length}) must be divisible by {axis.name} ({axis.size})")
+    return x.unflatten(-2, (axis.size, length // axis.size)).movedim(-3, 0)
+
+
+def gather_stack(x: Tensor, axis: Axis) -> Tensor:
+    """Every rank's x, stacked in rank order along a new dim 0; not differentiable."""
+    if axis.size == 1:
+        return x.unsqueeze(0)
+    stacked = x.new_empty(axis.size, *x.shape)
+    _all_gather(stacked, x, axis).wait()
+    return stacked
+
+
+def _all_gather(out: Tensor, x: Tensor, axis: Axis) -> dist.Work:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+    # flat, because backends disagree on how the shapes may stack
+    return gather(out.view(-1), x.contiguous().view(-1), group=axis.group, async_op=True)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        if mesh.sequence_parallel:
+            return start_gather_sequence(x, mesh.tp).wait()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.mesh.sequence_parallel:
+            return start_scatter_sequence(grad, ctx.mesh.tp).wait(), None
+        # a copy: autograd may still own the gradient it hands over
+        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.mesh.tp), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        if mesh.sequence_parallel:
+            return start_scatter_sequence(x, mesh.tp).wait()
+        return all_reduce_(x.clone(memory_format=torch.contiguous_format), mesh.tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.mesh.sequence_parallel:
+            return start_gather_sequence(grad, ctx.mesh.tp).wait(), None
+        return grad, None
+
+
+class _GatherFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return gather_stack(x, axis).movedim(0, -2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _own_features(grad, ctx.axis).contiguous(), None
+
+
+class _SplitFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _own_features(x, axis).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather_stack(grad, ctx.axis).movedim(0, -2).flatten(-2), None
+
+
+def _own_features(x: Tensor, axis: Axis) -> Tensor:
+    if x.shape[-1] % axis.size:
+        raise ValueError(f"features ({x.shape[-1]}) must be divisible by {axis.name} ({axis.size})")
+    return x.chunk(axis.size, dim=-1)[axis.rank]
+
+
+def enter_parallel(x: Tensor, mesh: Mesh) -> Tensor:
+    """Bring a replicated x (b, s, d), or this rank's (b, s/tp, d), whole into a tensor-parallel region."""
+    return x if mesh.tp.size == 1 else _Enter.apply(x, mesh)
+
+
+def leave_parallel(x: Tensor, mesh: Mesh) -> Tensor:
+    """Sum the ranks' partial x (b, s, d); under sequence parallelism keep only this rank's (b, s/tp, d)."""
+    return x if mesh.tp.size == 1 else _Leave.apply(x, mesh)
+
+
+def gather_features(x: Tensor, axis: Axis) -> Tensor:
+    """Collect (..., d/tp) from every rank into (..., d); backward keeps this rank's part of the gradient."""
+    return x if axis.size == 1 else _GatherFeatures.apply(x, axis)
+
+
+def split_features(x: Tensor, axis: Axis) -> Tensor:
+    """Keep this rank's (..., d/tp) of a replicated (..., d); backward gathers the gradient's parts."""
+    return x if axis.size == 1 else _SplitFeatures.apply(x, axis)

@@ -1,0 +1,120 @@
+"""Self-attention with its heads split over tp: heads never talk to each other, so nothing is communicated inside."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tpformer_kernels import apply_rope
+
+from tpformer.layers.dropout import attention_dropout
+from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpformer.layers.norm import RMSNorm
+from tpformer.mesh import Axis, Mesh, divide
+from tpformer.placement import Piece, Placement
+from tpformer.random import Key
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The sizes and options of one attention block, for the whole of it."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    causal: bool = True
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245); each tp rank owns num_heads/tp query heads.
+
+    x[B, S, D] -> q[B, S, H_tp, K], k, v[B, S, KV_tp, K] -> y[B, S, D]. With fewer KV heads than ranks, each
+    rank keeps a copy of the one that its queries need, and the copies' gradients are summed once a step.
+    Raises ValueError if the heads do not divide among the ranks.
+    """
+
+    def __init__(self, config: AttentionConfig, *, mesh: Mesh = Mesh()):
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        c = config
+        rows = qkv_rows(c, mesh.tp)
+        self.local_heads = c.num_heads // mesh.tp.size
+        self.local_kv_heads = max(1, c.num_kv_heads // mesh.tp.size)
+        self.qkv = ColumnParallelLinear(c.hidden_size, rows.shape[0], c.qkv_bias, mesh=mesh, rows=rows)
+        self.out = RowParallelLinear(c.num_heads * c.head_dim, c.hidden_size, c.out_bias, mesh=mesh)
+        if c.qk_norm:  # shared by heads that lie on different ranks
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps, mesh=mesh, partial_gradient=True)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps, mesh=mesh, partial_gradient=True)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, key: Key | None = None) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; a key switches dropout on."""
+        c = self.config
+        group = self.local_heads // self.local_kv_heads  # query heads to a KV head
+        qkv = self.qkv(x).unflatten(-1, (self.local_kv_heads, group + 2, c.head_dim))
+        q = qkv[..., :group, :].flatten(2, 3)  # (b, s, heads/tp, head_dim)
+        k, v = qkv[..., group, :], qkv[..., group + 1, :]  # (b, s, kv_heads/tp, head_dim)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        y = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key)  # (b, heads/tp, s, head_dim)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None) -> Tensor:
+        """softmax(q kᵀ / sqrt(head_dim)) v: q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim)."""
+        c = self.config
+        windowed = c.sliding_window is not None and c.sliding_window < q.shape[2]
+        mask = _mask(q.shape[2], c, q.device) if windowed or (key and c.dropout) else None
+        if key is None or c.dropout == 0:
+            native = q.device.type == "cuda"  # measured: torch's CPU kernel is faster on expanded keys
+            k, v = (k, v) if native else (_expand(k, q), _expand(v, q))
+            causal = c.causal and mask is None
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=native)
+        scores = q @ _expand(k, q).transpose(-1, -2) * c.head_dim**-0.5
+        probabilities = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+        return attention_dropout(
+            probabilities, c.dropout, key, first_head=self.mesh.tp.rank * self.local_heads
+        ) @ _expand(v, q)
+
+
+def qkv_rows(config: AttentionConfig, tp: Axis) -> Placement:
+    """Where a rank's rows of the fused q|k|v weight lie: grouped per KV head, '(kv (group + 2) head_dim) d'.
+
+    A contiguous split is right for any tp up to the number of KV heads; beyond, a rank has part of one
+    group's queries and a copy of its key and value rows.
+    """
+    c = config
+    divide(c.num_heads, tp.size, "num_heads")
+    group = divide(c.num_heads, c.num_kv_heads, "num_heads", "num_kv_heads")
+    whole = (c.num_kv_heads * (group + 2) * c.head_dim, c.hidden_size)
+    if c.num_kv_heads >= tp.size:
+        size = divide(c.num_kv_heads, tp.size, "num_kv_heads") * (group + 2) * c.head_dim
+        return Placement(whole, 0, (Piece(tp.rank * size, size),))
+    copies = divide(tp.size, c.num_kv_heads, "tp", "num_kv_heads")
+    kv_head, copy = divmod(tp.rank, copies)
+    start = kv_head * (group + 2) * c.head_dim
+    size = divide(group, copies, "query heads of a KV head", "ranks that share it") * c.head_dim
+    queries = Piece(start + copy * size, size)
+    keys_and_values = Piece(start + group * c.head_dim, 2 * c.head_dim, copies, copy)
+    return Placement(whole, 0, (queries, keys_and_values), partial=True)
+
+
+def _expand(x: Tensor, q: Tensor) -> Tensor:
+    """Repeat each KV head for its query heads: (b, kv_heads/tp, s, head_dim) -> (b, heads/tp, s, head_dim)."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _mask(length: int, config: AttentionConfig, device: torch.device) -> Tensor | None:
+    """True where query (row) may see key (column): not after it, and within the window; (s, s)."""
+    position = torch.arange(length, device=device)
+    distance = position.unsqueeze(1) - position
+    window = config.sliding_window or length
+    seen = (distance < window) & (distance > -window)
+    return seen & (distance >= 0) if config.causal else seen

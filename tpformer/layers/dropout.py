@@ -1,0 +1,41 @@
+"""Dropout whose mask depends on global positions only: the same at any tp, dp and under sequence parallelism."""
+
+import torch
+from torch import Tensor
+
+from tpformer.mesh import Mesh
+from tpformer.random import Key, random_words
+
+
+def check_dropout(p: float, name: str = "dropout") -> None:
+    """Raises ValueError unless 0 <= p < 1."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} ({p}) must be at least 0 and below 1")
+
+
+def residual_dropout(x: Tensor, p: float, key: Key | None, mesh: Mesh) -> Tensor:
+    """Dropout on the residual stream, (b, s, d) or, under sequence parallelism, (b, s/tp, d); none without a key."""
+    if p == 0 or key is None:
+        return x
+    samples, positions = x.shape[:2]
+    first = mesh.tp.rank * positions if mesh.sequence_parallel else 0
+    sample = key.sample + torch.arange(samples, device=x.device).unsqueeze(1)
+    position = first + torch.arange(positions, device=x.device)
+    words = random_words(key, (position, sample, torch.zeros_like(position)), 0, x.shape[2])
+    return _drop(x, words, p)
+
+
+def attention_dropout(probabilities: Tensor, p: float, key: Key | None, first_head: int) -> Tensor:
+    """Dropout on attention probabilities (b, heads/tp, q, k); first_head is the global number of the first one."""
+    if p == 0 or key is None:
+        return probabilities
+    samples, heads, queries, keys = probabilities.shape
+    device = probabilities.device
+    sample = key.sample + torch.arange(samples, device=device).view(-1, 1, 1)
+    head = first_head + torch.arange(heads, device=device).view(-1, 1)
+    words = random_words(key, (torch.arange(queries, device=device), sample, head), 0, keys)
+    return _drop(probabilities, words, p)
+
+
+def _drop(x: Tensor, words: Tensor, p: float) -> Tensor:
+    return (x * (1 / (1 - p))).masked_fill(words < round(p * 2**32), 0.0)

@@ -1,0 +1,58 @@
+"""The two kinds of feed-forward block, their inner features split over tp."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tpformer_kernels import gated_activation
+
+from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpformer.mesh import Mesh
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+class MLP(nn.Module):
+    """act(x W_upᵀ + b) W_downᵀ + b; x[B, S, D] · W_up[D, F_tp] -> act -> · W_down[F_tp, D] -> y[B, S, D].
+
+    activation: gelu (erf), gelu_tanh or relu; raises ValueError for another.
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, activation: str = "gelu", bias: bool = True, *, mesh: Mesh = Mesh()
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
+        self.activation = activation
+        self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, bias, mesh=mesh)
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
+        hidden = self.up(x)  # (b, s, f/tp)
+        if self.activation == "relu":
+            return self.down(F.relu(hidden))
+        return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+class GatedMLP(nn.Module):
+    """(act(x W_gateᵀ) · x W_upᵀ) W_downᵀ, SwiGLU or GeGLU (arXiv 2002.05202); x[B, S, D] -> y[B, S, D].
+
+    The weight of gate and up is one, row 2i the gate and row 2i + 1 the up of feature i: any tp splits it right.
+    activation: silu, gelu (erf) or gelu_tanh; raises ValueError for another.
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, activation: str = "silu", bias: bool = False, *, mesh: Mesh = Mesh()
+    ):
+        super().__init__()
+        if activation not in GATED_ACTIVATIONS:
+            raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GATED_ACTIVATIONS)}")
+        self.activation = activation
+        self.gate_up = ColumnParallelLinear(hidden_size, 2 * ffn_hidden_size, bias, mesh=mesh, interleave=2)
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
+        gate, up = self.gate_up(x)  # each (b, s, f/tp)
+        return self.down(gated_activation(gate, up, self.activation))

@@ -1,0 +1,133 @@
+"""Who am I, who are my peers: the degrees asked for, and the live mesh axes seen from this process."""
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The degrees asked for: plain numbers, no processes.
+
+    Raises ValueError for a degree below 1.
+    """
+
+    tp: int = 1
+    """Tensor-parallel degree: how many processes share each layer."""
+    pp: int = 1
+    """Pipeline-parallel degree: how many processes share the stack of layers."""
+    dp: int | None = None
+    """Data-parallel degree: how many replicas; by default whatever number of processes tp and pp leave."""
+    sequence_parallel: bool = False
+    """Also split the activations between the parallel regions along the sequence (arXiv 2205.05198)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp"):
+            degree = getattr(self, name)
+            if degree is not None and degree < 1:
+                raise ValueError(f"{name} ({degree}) must be at least 1")
+
+    def sizes(self, world_size: int) -> tuple[int, int, int]:
+        """The sizes of the axes (pp, dp, tp) on `world_size` processes.
+
+        Raises ValueError if the degrees do not multiply to `world_size`.
+        """
+        dp = self.dp if self.dp is not None else max(1, world_size // (self.tp * self.pp))
+        if self.pp * dp * self.tp != world_size:
+            raise ValueError(
+                f"tp ({self.tp}) x pp ({self.pp}) x dp ({dp}) needs {self.pp * dp * self.tp} processes, "
+                f"but {world_size} {'is' if world_size == 1 else 'are'} running: start them with "
+                f"torchrun --nproc-per-node {self.pp * dp * self.tp}, or change the degrees"
+            )
+        return self.pp, dp, self.tp
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One named axis of the mesh as this process sees it; size 1 is a process alone, without a group."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The live axes `pp, dp, tp` of this process, passed to whatever is parallel; `Mesh()` is one process.
+
+    `world` is all axes together, for the one all-reduce of the gradient norm.
+    """
+
+    pp: Axis = Axis("pp")
+    dp: Axis = Axis("dp")
+    tp: Axis = Axis("tp")
+    world: Axis = Axis("world")
+    sequence_parallel: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device_mesh: DeviceMesh | None = None
+
+    @staticmethod
+    def create(
+        tp: int = 1,
+        pp: int = 1,
+        dp: int | None = None,
+        sequence_parallel: bool = False,
+        *,
+        device: str | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> "Mesh":
+        """The mesh of the processes that torchrun started; dp fills what tp and pp leave.
+
+        Joins the default process group (NCCL on GPUs, gloo on CPUs) or starts it from torchrun's
+        environment; with one process and no launcher there is no process group at all.
+        Raises ValueError, before any communication, if the degrees do not match the processes or the GPUs.
+        """
+        config = ParallelConfig(tp, pp, dp, sequence_parallel)
+        world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        sizes = config.sizes(world_size)
+        place = _device(device)
+        if world_size == 1 and not dist.is_initialized() and "RANK" not in os.environ:
+            return Mesh(device=place, sequence_parallel=sequence_parallel)
+        if not dist.is_initialized():
+            backend = "nccl" if place.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        device_mesh = init_device_mesh(place.type, sizes, mesh_dim_names=("pp", "dp", "tp"))
+        pp_axis, dp_axis, tp_axis = (
+            Axis(name, size, device_mesh.get_local_rank(name), device_mesh.get_group(name))
+            for name, size in zip(("pp", "dp", "tp"), sizes, strict=True)
+        )
+        world = Axis("world", world_size, dist.get_rank(), dist.group.WORLD)
+        return Mesh(pp_axis, dp_axis, tp_axis, world, sequence_parallel, place, device_mesh)
+
+    def close(self) -> None:
+        """Leave the process group, if there is one; collective: every rank calls it, at its end."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(name: str | None) -> torch.device:
+    """This process's device: the GPU of its local rank where there are GPUs, otherwise the CPU."""
+    if (name or "cuda") == "cpu" or not torch.cuda.is_available():
+        if name not in (None, "cpu"):
+            raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use --device cpu")
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} needs {local_rank + 1} GPUs, but this machine has "
+            f"{torch.cuda.device_count()}: start fewer processes per node, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def divide(total: int, parts: int, total_name: str, parts_name: str = "tp") -> int:
+    """`total / parts`; raises ValueError naming both values if it is not whole."""
+    if total % parts:
+        raise ValueError(f"{total_name} ({total}) must be divisible by {parts_name} ({parts})")
+    return total // parts

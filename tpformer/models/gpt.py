@@ -1,0 +1,144 @@
+"""GPT-2's architecture (Radford et al. 2019): learned positions, LayerNorm, biases, GELU, tied embeddings."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tpformer.collectives import gather_features
+from tpformer.layers.attention import AttentionConfig, SelfAttention
+from tpformer.layers.block import DecoderBlock
+from tpformer.layers.cross_entropy import vocab_parallel_cross_entropy
+from tpformer.layers.dropout import check_dropout, residual_dropout
+from tpformer.layers.embedding import PositionEmbedding, VocabParallelEmbedding, VocabParallelHead
+from tpformer.layers.linear import column_linear
+from tpformer.layers.mlp import MLP
+from tpformer.layers.norm import LayerNorm
+from tpformer.mesh import Mesh, divide
+from tpformer.models.generate import generate
+from tpformer.models.init import init_weights
+from tpformer.models.llama import check_length
+from tpformer.random import Key
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT-2-like decoder. Raises ValueError for sizes that do not fit each other."""
+
+    vocab_size: int = 50257
+    """Tokens in the vocabulary; it is padded inside to a multiple of 128."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    num_layers: int = 12
+    """Decoder blocks."""
+    num_heads: int = 12
+    """Attention heads; divisible by tp."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP, by default 4 hidden_size; divisible by tp."""
+    max_seq_len: int = 1024
+    """Longest sequence, in tokens: rows of the position table."""
+    activation: str = "gelu_tanh"
+    """Of the MLP: gelu, gelu_tanh or relu."""
+    tie_embeddings: bool = True
+    """The head uses the embedding's weight."""
+    norm_eps: float = 1e-5
+    """Added to the variance in LayerNorm."""
+    dropout: float = 0.0
+    """On the embedding and on what each block adds to the residual stream."""
+    attention_dropout: float = 0.0
+    """On the attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        divide(self.hidden_size, self.num_heads, "hidden_size", "num_heads")
+        check_dropout(self.dropout)
+        check_dropout(self.attention_dropout, "attention_dropout")
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP, as a plain int."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The part that one attention block needs."""
+        return AttentionConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=self.hidden_size // self.num_heads,
+            qkv_bias=True,
+            out_bias=True,
+            dropout=self.attention_dropout,
+        )
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, without vocabulary padding; tied embeddings count once."""
+        d, f = self.hidden_size, self.ffn_size
+        block = 4 * d * d + 4 * d + 2 * d * f + f + d + 4 * d
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * d + self.max_seq_len * d
+        return self.num_layers * block + embeddings + 2 * d
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs of forward and backward for one token: 6 per matmul weight, and the whole attention square.
+
+        The usual convention (arXiv 2204.02311, appendix B): causality and recomputation are not counted.
+        """
+        d = self.hidden_size
+        matmul = self.num_layers * (4 * d * d + 2 * d * self.ffn_size) + self.vocab_size * d
+        return 6 * matmul + 12 * self.num_layers * d * seq_len
+
+
+class GPT(nn.Module):
+    """GPT-2 decoder: tokens (b, s) -> this rank's slice of the logits (b, s, padded_vocab/tp).
+
+    Parameter names and whole shapes do not depend on the layout, nor do the initial weights of one seed.
+    Raises ValueError for a config that the mesh cannot split.
+    """
+
+    def __init__(self, config: GPTConfig, mesh: Mesh = Mesh(), *, seed: int = 0):
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        c = config
+        with torch.device("meta"):
+            self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
+            self.position = PositionEmbedding(c.max_seq_len, c.hidden_size, mesh=mesh)
+            self.blocks = nn.ModuleDict({str(i): self._block() for i in range(c.num_layers)})  # names are global
+            self.norm = LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh)
+            self.head = None if c.tie_embeddings else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh)
+        init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
+
+    def _block(self) -> DecoderBlock:
+        c, mesh = self.config, self.mesh
+        return DecoderBlock(
+            SelfAttention(c.attention, mesh=mesh),
+            MLP(c.hidden_size, c.ffn_size, c.activation, mesh=mesh),
+            LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh),
+            LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh),
+            dropout=c.dropout,
+            mesh=mesh,
+        )
+
+    def forward(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
+        """int64 (b, s) -> this rank's logits (b, s, padded_vocab/tp); a key switches dropout on."""
+        check_length(tokens, self.config.max_seq_len)
+        x = self.position(self.embedding(tokens))  # (b, s, d); from here (b, s/tp, d) if sequence-parallel
+        x = residual_dropout(x, self.config.dropout, key and key.fold("embedding"), self.mesh)
+        for name, block in self.blocks.items():
+            x = block(x, None, key and key.fold("block", name))
+        x = self.norm(x)
+        return column_linear(x, self.embedding.weight, None, self.mesh)[0] if self.head is None else self.head(x)
+
+    def full_logits(self, tokens: Tensor) -> Tensor:
+        """int64 (b, s) -> the whole logits (b, s, vocab_size) on every rank; collective."""
+        return gather_features(self(tokens), self.mesh.tp)[..., : self.config.vocab_size]
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
+        """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; logits are never gathered."""
+        logits = self(tokens, key=key)
+        return vocab_parallel_cross_entropy(
+            logits, targets, self.mesh, z_loss=z_loss, vocab_size=self.config.vocab_size, inplace=True
+        )
+
+    generate = generate

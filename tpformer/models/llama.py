@@ -1,0 +1,183 @@
+"""The Llama family: Llama 1 to 3, Mistral, Qwen2 and Qwen3 are configs of it (arXiv 2302.13971, 2407.21783)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tpformer.collectives import gather_features
+from tpformer.layers.attention import AttentionConfig, SelfAttention
+from tpformer.layers.block import DecoderBlock
+from tpformer.layers.cross_entropy import vocab_parallel_cross_entropy
+from tpformer.layers.dropout import check_dropout, residual_dropout
+from tpformer.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from tpformer.layers.linear import column_linear
+from tpformer.layers.mlp import GatedMLP
+from tpformer.layers.norm import RMSNorm
+from tpformer.layers.rope import RopeScaling, rope_table
+from tpformer.mesh import Mesh
+from tpformer.models.generate import generate
+from tpformer.models.init import init_weights
+from tpformer.random import Key
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A Llama-like decoder. Mistral: sliding_window; Qwen2: qkv_bias; Qwen3: qk_norm and head_dim.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+
+    vocab_size: int = 32000
+    """Tokens in the vocabulary; it is padded inside to a multiple of 128."""
+    hidden_size: int = 4096
+    """Width of the residual stream."""
+    num_layers: int = 32
+    """Decoder blocks."""
+    num_heads: int = 32
+    """Query heads; divisible by tp."""
+    num_kv_heads: int | None = None
+    """Key and value heads, by default num_heads; a divisor of num_heads."""
+    head_dim: int | None = None
+    """Width of a head, by default hidden_size / num_heads."""
+    ffn_hidden_size: int = 11008
+    """Inner width of the gated MLP; divisible by tp."""
+    max_seq_len: int = 4096
+    """Longest sequence, in tokens."""
+    activation: str = "silu"
+    """Of the MLP's gate: silu, gelu or gelu_tanh."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are stretched, if they are."""
+    sliding_window: int | None = None
+    """How many positions a token sees, itself included; all by default."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values."""
+    out_bias: bool = False
+    """A bias on the attention output."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head."""
+    tie_embeddings: bool = False
+    """The head uses the embedding's weight."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    dropout: float = 0.0
+    """On the embedding and on what each block adds to the residual stream."""
+    attention_dropout: float = 0.0
+    """On the attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        # frozen: derived defaults are filled in once, here
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be divisible by num_heads ({self.num_heads})")
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_heads)
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
+        if self.attention.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        check_dropout(self.dropout)
+        check_dropout(self.attention_dropout, "attention_dropout")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, as a plain int."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The part that one attention block needs."""
+        return AttentionConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_heads,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            qk_norm=self.qk_norm,
+            sliding_window=self.sliding_window,
+            dropout=self.attention_dropout,
+            norm_eps=self.norm_eps,
+        )
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, without vocabulary padding; tied embeddings count once."""
+        d, a = self.hidden_size, self.attention
+        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        attention = d * (q + 2 * kv) + q * d + self.qkv_bias * (q + 2 * kv) + self.out_bias * d
+        block = attention + 3 * d * self.ffn_hidden_size + 2 * d + self.qk_norm * 2 * a.head_dim
+        return self.num_layers * block + (1 if self.tie_embeddings else 2) * self.vocab_size * d + d
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs of forward and backward for one token: 6 per matmul weight, and the whole attention square.
+
+        The usual convention (arXiv 2204.02311, appendix B): causality and recomputation are not counted.
+        """
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        matmul = self.num_parameters() - embeddings + self.vocab_size * self.hidden_size
+        a = self.attention
+        return 6 * matmul + 12 * self.num_layers * a.num_heads * a.head_dim * seq_len
+
+
+class Llama(nn.Module):
+    """Llama decoder: tokens (b, s) -> this rank's slice of the logits (b, s, padded_vocab/tp).
+
+    Parameter names and whole shapes do not depend on the layout, nor do the initial weights of one seed.
+    Raises ValueError for a config that the mesh cannot split.
+    """
+
+    def __init__(self, config: LlamaConfig, mesh: Mesh = Mesh(), *, seed: int = 0):
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        c = config
+        with torch.device("meta"):
+            self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
+            self.blocks = nn.ModuleDict({str(i): self._block() for i in range(c.num_layers)})  # names are global
+            self.norm = RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh)
+            self.head = None if c.tie_embeddings else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh)
+        init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
+
+    def _block(self) -> DecoderBlock:
+        c, mesh = self.config, self.mesh
+        return DecoderBlock(
+            SelfAttention(c.attention, mesh=mesh),
+            GatedMLP(c.hidden_size, c.ffn_hidden_size, c.activation, mesh=mesh),
+            RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh),
+            RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh),
+            dropout=c.dropout,
+            mesh=mesh,
+        )
+
+    def forward(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
+        """int64 (b, s) -> this rank's logits (b, s, padded_vocab/tp); a key switches dropout on."""
+        c = self.config
+        check_length(tokens, c.max_seq_len)
+        x = self.embedding(tokens)  # (b, s, d); from here to the head (b, s/tp, d) if sequence-parallel
+        x = residual_dropout(x, c.dropout, key and key.fold("embedding"), self.mesh)
+        rope = rope_table(tokens.shape[1], c.attention.head_dim, c.rope_theta, c.rope_scaling, like=x)
+        for name, block in self.blocks.items():
+            x = block(x, rope, key and key.fold("block", name))
+        x = self.norm(x)
+        return column_linear(x, self.embedding.weight, None, self.mesh)[0] if self.head is None else self.head(x)
+
+    def full_logits(self, tokens: Tensor) -> Tensor:
+        """int64 (b, s) -> the whole logits (b, s, vocab_size) on every rank; collective."""
+        return gather_features(self(tokens), self.mesh.tp)[..., : self.config.vocab_size]
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
+        """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; logits are never gathered."""
+        logits = self(tokens, key=key)
+        return vocab_parallel_cross_entropy(
+            logits, targets, self.mesh, z_loss=z_loss, vocab_size=self.config.vocab_size, inplace=True
+        )
+
+    generate = generate
+
+
+def check_length(tokens: Tensor, max_seq_len: int) -> None:
+    """Raises ValueError unless tokens are (b, s) with s within max_seq_len."""
+    if tokens.dim() != 2 or tokens.shape[1] > max_seq_len:
+        raise ValueError(f"tokens {tuple(tokens.shape)} must be (batch, length) with length <= max_seq_len ({max_seq_len})")

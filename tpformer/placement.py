@@ -1,0 +1,196 @@
+"""How each parameter lies across the tensor-parallel ranks: the one truth for sharding.
+
+A layer keeps `placements`, one Placement for each parameter of its own; initialisation, gradient reduction,
+norm clipping and checkpoints all read it. A parameter without one is a whole copy on every rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tpformer.collectives import all_reduce_
+from tpformer.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A slice [start, start + size) along the split dim of a parameter, as held by this rank.
+
+    `copies` ranks hold the same slice; `copy` 0 of them is the one that counts in norms and is saved.
+    """
+
+    start: int
+    size: int
+    copies: int = 1
+    copy: int = 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this rank's part of one parameter lies in the whole of it.
+
+    shape: of the whole parameter, without padding. dim: the one that is split.
+    pieces: this rank's slices along `dim`, in the order in which they lie in the local tensor;
+    what the local tensor has beyond them is padding, always zero.
+    partial: each copy's gradient is only this rank's part of it and must be summed over the copies.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    pieces: tuple[Piece, ...]
+    partial: bool = False
+
+    def slices(self) -> Iterator[tuple[Piece, tuple[slice, ...], tuple[slice, ...]]]:
+        """Each non-empty piece with its index into the whole tensor and into the local one."""
+        offset = 0
+        if not self.shape:  # a scalar: one copied piece, indexed whole
+            yield self.pieces[0], (), ()
+            return
+        for piece in self.pieces:
+            before = (slice(None),) * self.dim
+            whole = (*before, slice(piece.start, piece.start + piece.size))
+            local = (*before, slice(offset, offset + piece.size))
+            offset += piece.size
+            if piece.size:
+                yield piece, whole, local
+
+
+def replicated(shape: tuple[int, ...], axis: Axis, partial: bool = False) -> Placement:
+    """A whole copy on every rank of the axis."""
+    return Placement(shape, 0, (Piece(0, shape[0] if shape else 1, axis.size, axis.rank),), partial)
+
+
+def split(shape: tuple[int, ...], dim: int, axis: Axis, local_size: int) -> Placement:
+    """`local_size` in a row for each rank along `dim`; the last ranks have less where that exceeds the shape."""
+    start = min(axis.rank * local_size, shape[dim])
+    return Placement(shape, dim, (Piece(start, min(local_size, shape[dim] - start)),))
+
+
+def placements(model: nn.Module, mesh: Mesh) -> dict[str, Placement]:
+    """The placement of every parameter by name; shared parameters count once.
+
+    Raises ValueError for a parameter without a placement under sequence parallelism, where its gradient
+    would silently be a part only.
+    """
+    found: dict[str, Placement] = {}
+    owners = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        prefix, _, leaf = name.rpartition(".")
+        placement = getattr(owners[prefix], "placements", {}).get(leaf)
+        if placement is None and mesh.sequence_parallel and mesh.tp.size > 1:
+            raise ValueError(
+                f"parameter {name} ({type(owners[prefix]).__name__}) has no Placement: under sequence parallelism "
+                "its gradient would be partial; use a tpformer layer, or set `placements` on its module"
+            )
+        found[name] = placement or replicated(tuple(parameter.shape), mesh.tp)
+    return found
+
+
+def mesh_of(model: nn.Module) -> Mesh:
+    """The mesh that the first parallel layer of `model` was built on; `Mesh()` if there is none."""
+    return next((m.mesh for m in model.modules() if isinstance(getattr(m, "mesh", None), Mesh)), Mesh())
+
+
+def load_full(local: Tensor, placement: Placement, whole: Tensor) -> None:
+    """Copy this rank's part of `whole` into `local`, in place; padding becomes zero.
+
+    Raises ValueError if `whole` has another shape than the placement says.
+    """
+    if tuple(whole.shape) != placement.shape:
+        raise ValueError(f"shape {tuple(whole.shape)} does not match the parameter's {placement.shape}")
+    with torch.no_grad():
+        local.zero_()
+        for _, theirs, ours in placement.slices():
+            local[ours] = whole[theirs].to(local)
+
+
+def gather_full(local: Tensor, placement: Placement, axis: Axis) -> Tensor:
+    """The whole tensor on every rank of the axis, from each rank's part; collective.
+
+    Raises RuntimeError, on every rank, if copies of the same slice differ.
+    """
+    local = local.detach()
+    whole = local.new_zeros(placement.shape)
+    for piece, theirs, ours in placement.slices():
+        if piece.copy == 0:
+            whole[theirs] = local[ours]
+    all_reduce_(whole, axis)
+    differ = sum(not torch.equal(whole[theirs], local[ours]) for _, theirs, ours in placement.slices())
+    if all_reduce_(torch.tensor(float(differ), device=whole.device), axis).item():
+        raise RuntimeError(
+            "copies of this tensor differ between tensor-parallel ranks; if it is a gradient, "
+            "call tpformer.reduce_partial_gradients(model) after backward"
+        )
+    return whole
+
+
+def full_parameter(model: nn.Module, name: str) -> Tensor:
+    """The whole parameter called `name`, on every rank; collective."""
+    mesh = mesh_of(model)
+    return gather_full(model.get_parameter(name), placements(model, mesh)[name], mesh.tp)
+
+
+def full_gradient(model: nn.Module, name: str) -> Tensor:
+    """The whole gradient of the parameter called `name`, on every rank; collective.
+
+    Raises ValueError if it has no gradient, RuntimeError if partial gradients were not yet summed.
+    """
+    mesh = mesh_of(model)
+    gradient = model.get_parameter(name).grad
+    if gradient is None:
+        raise ValueError(f"parameter {name} has no gradient; call backward first")
+    return gather_full(gradient, placements(model, mesh)[name], mesh.tp)
+
+
+def load_full_state(model: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Copy this rank's part of each whole tensor into the parameter of that name.
+
+    Raises ValueError naming every missing, unknown or misshapen tensor, before any is copied.
+    """
+    known = placements(model, mesh_of(model))
+    problems = [f"missing {name}" for name in known if name not in whole]
+    problems += [f"unknown {name}" for name in whole if name not in known]
+    problems += [
+        f"{name} has shape {tuple(whole[name].shape)}, expected {known[name].shape}"
+        for name in known
+        if name in whole and tuple(whole[name].shape) != known[name].shape
+    ]
+    if problems:
+        raise ValueError("the state does not fit the model: " + "; ".join(problems))
+    for name, parameter in model.named_parameters():
+        load_full(parameter, known[name], whole[name])
+
+
+def sum_partial(tensors: dict[str, Tensor], known: dict[str, Placement], axis: Axis) -> None:
+    """Sum the partial copies among `tensors` (by parameter name) over the axis, in place, in one all-reduce.
+
+    It adds in fp32 (fp64 for fp64). Ranks that hold the same copy share a slot of the one buffer, so copies
+    held by some ranks only need no process group of their own.
+    """
+    slots: list[tuple[Tensor, slice]] = []
+    end = 0
+    for name, tensor in tensors.items():
+        for piece, _, ours in known[name].slices() if known[name].partial and axis.size > 1 else ():
+            if piece.copies > 1:
+                view = tensor[ours]
+                start = end + axis.rank // piece.copies * view.numel()  # ranks with one copy are neighbours
+                slots.append((view, slice(start, start + view.numel())))
+                end += axis.size // piece.copies * view.numel()
+    if not slots:
+        return
+    dtype = torch.promote_types(slots[0][0].dtype, torch.float32)
+    buffer = torch.zeros(end, dtype=dtype, device=slots[0][0].device)
+    for view, slot in slots:
+        buffer[slot] = view.flatten().to(dtype)
+    all_reduce_(buffer, axis)
+    for view, slot in slots:
+        view.copy_(buffer[slot].view_as(view))
+
+
+def reduce_partial_gradients(model: nn.Module) -> None:
+    """Sum the partial gradients over tp, once, after the last backward of a step; collective."""
+    mesh = mesh_of(model)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    sum_partial(gradients, placements(model, mesh), mesh.tp)
