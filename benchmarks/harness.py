@@ -1,7 +1,7 @@
 """Measuring tools shared by the benchmarks: interleaved timing, a quiet filter, peak memory, and the record.
 
 Written for one host. Rank 0 reads the machine's load, so every rank must run on the machine that rank 0 sees.
-The kernel counts load in ticks of 10 ms: the quiet filter judges steps of a second well, of a few ticks badly.
+The kernel counts load in ticks of 10 ms: steps of a second are judged well, of a few ticks badly.
 """
 
 from __future__ import annotations

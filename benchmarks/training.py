@@ -172,11 +172,11 @@ def check_agreement(variants: list[Variant]) -> dict[str, float]:
         for name, (other_loss, other_gradient) in seen.items():
             loss_error = float((other_loss - loss).abs() / loss.abs())
             gradient_error = float((other_gradient - gradient).norm() / gradient.norm())
-            # In fp32 the order of summation alone moves them by about 1e-7 and 1e-6.
-            if not (loss_error < 1e-5 and gradient_error < 1e-4):
+            # In fp32 the order of summation alone moves them by about 1e-7 and 2e-6.
+            if not (loss_error < 1e-5 and gradient_error < 1e-5):
                 raise RuntimeError(
-                    f"{name} is not the model of {variants[0].name}: relative error of the loss "
-                    f"{loss_error:.1e} (at most 1e-5), of the first norm's gradient {gradient_error:.1e} (1e-4)"
+                    f"{name} is not the model of {variants[0].name}: of 1e-5 allowed, the loss is off by "
+                    f"{loss_error:.1e} and the first norm's gradient by {gradient_error:.1e}"
                 )
     return {name: float(loss) for name, (loss, _) in seen.items()}
 
@@ -280,7 +280,7 @@ def measure(options: Options, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     """Read the flags, measure, print and write; the process group is the one torchrun describes."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="benchmarks.training")
     torch.set_num_threads(options.threads)
     mesh = Mesh.create()
     if not dist.is_initialized():

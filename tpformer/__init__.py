@@ -1,10 +1,6 @@
 """tpformer: tensor-parallel Transformers that you can read, prove and run anywhere."""
 
 # the layout
-from tpformer.mesh import Axis as Axis
-from tpformer.mesh import Mesh as Mesh
-from tpformer.mesh import ParallelConfig as ParallelConfig
-
 # building blocks
 from tpformer.layers.attention import AttentionConfig as AttentionConfig
 from tpformer.layers.attention import SelfAttention as SelfAttention
@@ -20,6 +16,9 @@ from tpformer.layers.mlp import GatedMLP as GatedMLP
 from tpformer.layers.norm import LayerNorm as LayerNorm
 from tpformer.layers.norm import RMSNorm as RMSNorm
 from tpformer.layers.rope import RopeScaling as RopeScaling
+from tpformer.mesh import Axis as Axis
+from tpformer.mesh import Mesh as Mesh
+from tpformer.mesh import ParallelConfig as ParallelConfig
 
 # models
 from tpformer.models.gpt import GPT as GPT

@@ -161,3 +161,22 @@ def gather_features(x: Tensor, axis: Axis) -> Tensor:
 def split_features(x: Tensor, axis: Axis) -> Tensor:
     """Keep this rank's (..., d/tp) of a replicated (..., d); backward gathers the gradient's parts."""
     return x if axis.size == 1 else _SplitFeatures.apply(x, axis)
+
+
+def raise_together(error: BaseException | None, axis: Axis) -> None:
+    """Let every rank of the axis hear of the first rank's error; collective, so that no rank waits for a dead one.
+
+    Raises that error itself on the rank that had it, ValueError with its text on the others.
+    """
+    text = "" if error is None else f"{error}" or type(error).__name__
+    if axis.size > 1:
+        device = "cuda" if dist.get_backend(axis.group) == "nccl" else "cpu"
+        mine = torch.zeros(4096, dtype=torch.uint8)
+        encoded = text.encode()[: len(mine)]
+        mine[: len(encoded)] = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8)[: len(encoded)]
+        texts = [bytes(t.tolist()).rstrip(b"\0") for t in gather_stack(mine.to(device), axis).cpu()]
+        text = next((t.decode(errors="replace") for t in texts if t), "")
+    if error is not None:
+        raise error
+    if text:
+        raise ValueError(text)

@@ -1,6 +1,9 @@
 """Who am I, who are my peers: the degrees asked for, and the live mesh axes seen from this process."""
 
+import atexit
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -53,7 +56,12 @@ class Axis:
     name: str
     size: int = 1
     rank: int = 0
-    group: dist.ProcessGroup | None = None
+    device_mesh: DeviceMesh | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group, looked up each time so that no reference outlives `Mesh.close`."""
+        return dist.group.WORLD if self.device_mesh is None else self.device_mesh.get_group(self.name)
 
 
 @dataclass(frozen=True)
@@ -98,16 +106,27 @@ class Mesh:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         device_mesh = init_device_mesh(place.type, sizes, mesh_dim_names=("pp", "dp", "tp"))
         pp_axis, dp_axis, tp_axis = (
-            Axis(name, size, device_mesh.get_local_rank(name), device_mesh.get_group(name))
+            Axis(name, size, device_mesh.get_local_rank(name), device_mesh)
             for name, size in zip(("pp", "dp", "tp"), sizes, strict=True)
         )
-        world = Axis("world", world_size, dist.get_rank(), dist.group.WORLD)
+        world = Axis("world", world_size, dist.get_rank())
+        # torch gives an axis that is the whole world the default group: let the trace name the axis
+        alone = [axis.name for axis in (pp_axis, dp_axis, tp_axis) if axis.size == world_size > 1]
+        if world.group is not None:
+            world.group._set_group_desc(f"mesh_{alone[0]}" if alone else "default_pg")
+        atexit.register(_release, weakref.ref(device_mesh))
         return Mesh(pp_axis, dp_axis, tp_axis, world, sequence_parallel, place, device_mesh)
 
     def close(self) -> None:
-        """Leave the process group, if there is one; collective: every rank calls it, at its end."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the process group, if there is one; a rank calls it at its end, or it happens at exit."""
+        _release(lambda: self.device_mesh)
+
+
+def _release(device_mesh: Callable[[], DeviceMesh | None]) -> None:
+    """End the process groups and let go of them: one still held when the interpreter ends aborts it (gloo)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    getattr(device_mesh(), "_pg_registry", {}).clear()
 
 
 def _device(name: str | None) -> torch.device:

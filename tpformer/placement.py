@@ -90,7 +90,8 @@ def placements(model: nn.Module, mesh: Mesh) -> dict[str, Placement]:
 
 def mesh_of(model: nn.Module) -> Mesh:
     """The mesh that the first parallel layer of `model` was built on; `Mesh()` if there is none."""
-    return next((m.mesh for m in model.modules() if isinstance(getattr(m, "mesh", None), Mesh)), Mesh())
+    meshes = (getattr(module, "mesh", None) for module in model.modules())
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), Mesh())
 
 
 def load_full(local: Tensor, placement: Placement, whole: Tensor) -> None:

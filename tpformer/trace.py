@@ -90,7 +90,7 @@ class Trace(TorchDispatchMode):
             group = (call.op, call.axis, call.phase, call.dtype, call.site)
             groups[group] += 1
             payload[group] += call.bytes
-        rows = [("op", "axis", "phase", "dtype", "calls", "bytes", "issued by")]
+        rows: list[tuple[str, ...]] = [("op", "axis", "phase", "dtype", "calls", "bytes", "issued by")]
         rows += [(*g[:4], str(groups[g]), f"{payload[g]:,}", g[4]) for g in groups]
         rows.append(("total", "", "", "", str(len(self.calls)), f"{sum(payload.values()):,}", ""))
         widths = [max(len(row[column]) for row in rows) for column in range(7)]

@@ -37,7 +37,7 @@ def test_write_indexed_equals_the_layout_by_hand_byte_for_byte(
         lambda ids: np.array(ids, dtype=np.uint16),
     ]
     indexed.write_indexed(
-        tmp_path / "new" / "ours", (kind(ids) for kind, ids in zip(kinds, DOCUMENTS)), vocab_size
+        tmp_path / "new" / "ours", (kind(ids) for kind, ids in zip(kinds, DOCUMENTS, strict=True)), vocab_size
     )
     for ending in (".bin", ".idx"):
         assert (tmp_path / "new" / f"ours{ending}").read_bytes() == (tmp_path / f"peer{ending}").read_bytes()

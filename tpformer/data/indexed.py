@@ -63,9 +63,7 @@ def read_indexed(prefix: str | Path) -> IndexedTokens:
     bin_path, idx_path = _pair(prefix)
     for path in (idx_path, bin_path):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no file {path}: Megatron data is {bin_path.name} beside {idx_path.name}"
-            )
+            raise FileNotFoundError(f"no file {path}: Megatron data is {bin_path.name} beside {idx_path.name}")
     dtype, sequences, indices = _read_header(idx_path)
 
     def mapped(kind: str, offset: int, count: int) -> Any:
@@ -99,18 +97,14 @@ def _read_header(path: Path) -> tuple[np.dtype[np.integer[Any]], int, int]:
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size:
-        raise ValueError(
-            f"{path} is {size} bytes, but the header alone is {HEADER.size}: truncated, copy it again"
-        )
+        raise ValueError(f"{path} is {size} bytes, but the header alone is {HEADER.size}: truncated, copy it again")
     magic, version, code, sequences, indices = HEADER.unpack(header)
     if magic != MAGIC:
         raise ValueError(f"{path} begins with {magic!r}, expected {MAGIC!r}: not a Megatron index file")
     if version != 1:
         raise ValueError(f"{path} has version {version}, expected 1: write it again with Megatron-Core")
     if code not in TOKEN_DTYPES:
-        raise ValueError(
-            f"{path} has dtype code {code}, expected an integer type, one of {sorted(TOKEN_DTYPES)}"
-        )
+        raise ValueError(f"{path} has dtype code {code}, expected an integer type, one of {sorted(TOKEN_DTYPES)}")
     expected = HEADER.size + 12 * sequences + 8 * indices
     if size not in (expected, expected + sequences):  # with a multimodal file's byte per sequence
         raise ValueError(
@@ -118,9 +112,7 @@ def _read_header(path: Path) -> tuple[np.dtype[np.integer[Any]], int, int]:
             f"{expected} bytes: truncated or corrupt, copy it again"
         )
     if sequences == 0 or indices == 0:
-        raise ValueError(
-            f"{path} has {sequences} sequences and {indices} document indices, expected some of each"
-        )
+        raise ValueError(f"{path} has {sequences} sequences and {indices} document indices, expected some of each")
     return np.dtype(TOKEN_DTYPES[code]), sequences, indices
 
 
@@ -132,14 +124,10 @@ def _check_documents(path: Path, documents: npt.NDArray[np.int64], sequences: in
     for start in range(0, len(documents), CHUNK):
         falls = np.flatnonzero(np.diff(documents[start : start + CHUNK + 1]) < 0)
         if falls.size:
-            raise ValueError(
-                f"{path} has document indices that fall after number {start + falls[0]}: corrupt"
-            )
+            raise ValueError(f"{path} has document indices that fall after number {start + falls[0]}: corrupt")
 
 
-def _check_sequences(
-    path: Path, lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64], itemsize: int
-) -> int:
+def _check_sequences(path: Path, lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64], itemsize: int) -> int:
     """The bytes that all sequences take, after checking that they lie back to back from byte 0."""
     total = 0
     for start in range(0, len(lengths), CHUNK):
@@ -147,17 +135,13 @@ def _check_sequences(
         negative = np.flatnonzero(sizes < 0)
         if negative.size:
             bad = start + int(negative[0])
-            raise ValueError(
-                f"{path} has length {lengths[bad]} for sequence {bad}, expected 0 or more: corrupt"
-            )
+            raise ValueError(f"{path} has length {lengths[bad]} for sequence {bad}, expected 0 or more: corrupt")
         ends = total + np.cumsum(sizes)
         wrong = np.flatnonzero(pointers[start : start + CHUNK] != ends - sizes)
         if wrong.size:
             bad = start + int(wrong[0])
             should = ends[wrong[0]] - sizes[wrong[0]]
-            raise ValueError(
-                f"{path} puts sequence {bad} at byte {pointers[bad]}, expected {should}: corrupt"
-            )
+            raise ValueError(f"{path} puts sequence {bad} at byte {pointers[bad]}, expected {should}: corrupt")
         total = int(ends[-1])
     return total
 
@@ -225,9 +209,7 @@ def read_nanogpt(path: str | Path) -> np.memmap[Any, np.dtype[np.uint16]]:
         raise FileNotFoundError(f"no file {path}: nanoGPT data is one .bin file of uint16 ids")
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise ValueError(
-            f"{path} is {size} bytes, expected a positive multiple of 2 (uint16 ids): copy it again"
-        )
+        raise ValueError(f"{path} is {size} bytes, expected a positive multiple of 2 (uint16 ids): copy it again")
     return np.memmap(path, dtype="<u2", mode="r")
 
 

@@ -27,9 +27,7 @@ class TokenSampler:
         shuffle: bool = True,
     ) -> None:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(
-                f"tokens have shape {tokens.shape} and type {tokens.dtype}, expected 1-D integers"
-            )
+            raise ValueError(f"tokens have shape {tokens.shape} and type {tokens.dtype}, expected 1-D integers")
         if seq_len < 1 or seed < 0:
             raise ValueError(f"seq_len = {seq_len} and seed = {seed}: expected seq_len >= 1 and seed >= 0")
         if len(tokens) < seq_len + 1:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from tpformer.data.indexed import Tokens
 
@@ -76,9 +76,7 @@ def python_library_files() -> list[Path]:
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     found: list[Path] = []
     for folder, folders, names in os.walk(library):
-        folders[:] = [
-            name for name in folders if name not in left_out
-        ]  # not even looked into: they are large
+        folders[:] = [name for name in folders if name not in left_out]  # not even looked into: they are large
         found += [
             Path(folder, name)
             for name in names
@@ -108,9 +106,7 @@ def _text_of_line(line: str, where: str) -> str:
     try:
         record = json.loads(line.removeprefix("\ufeff"))
     except ValueError as error:
-        raise ValueError(
-            f"{where} is not JSON ({error}): a .jsonl file has one JSON object per line"
-        ) from error
+        raise ValueError(f"{where} is not JSON ({error}): a .jsonl file has one JSON object per line") from error
     text = record.get("text") if isinstance(record, dict) else None
     if isinstance(text, str):
         # JSON may spell half of a surrogate pair ("\ud800"), which no tokenizer can encode.
@@ -149,9 +145,7 @@ class FileTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f'no tokenizer file {str(path)!r}: give "byte" or a path to a tokenizer.json'
-            )
+            raise FileNotFoundError(f'no tokenizer file {str(path)!r}: give "byte" or a path to a tokenizer.json')
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -165,9 +159,7 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         names: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         if not names:
-            raise ValueError(
-                f"{path} has an empty vocabulary: give the tokenizer.json of a trained tokenizer"
-            )
+            raise ValueError(f"{path} has an empty vocabulary: give the tokenizer.json of a trained tokenizer")
         self.vocab_size = max(names.values()) + 1  # ids may have holes, so counting names is not enough
         self.eos: int | None = next((names[name] for name in END_OF_TEXT_NAMES if name in names), None)
         self.dtype: npt.DTypeLike = np.uint16 if self.vocab_size <= 65536 else np.int32
@@ -237,9 +229,7 @@ def _batches(files: Iterable[Path], characters: int = 4_000_000) -> Iterator[lis
 
 def _summary(files: list[Path]) -> str:
     first = ", ".join(str(file) for file in files[:3])
-    return (
-        first + (f" and {len(files) - 3} more files" if len(files) > 3 else "") if files else "an empty list"
-    )
+    return first + (f" and {len(files) - 3} more files" if len(files) > 3 else "") if files else "an empty list"
 
 
 def split_files(files: list[Path], every: int = 20) -> tuple[list[Path], list[Path]]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tpformer_kernels import apply_rope
 
 from tpformer.layers.dropout import attention_dropout
 from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -13,6 +12,7 @@ from tpformer.layers.norm import RMSNorm
 from tpformer.mesh import Axis, Mesh, divide
 from tpformer.placement import Piece, Placement
 from tpformer.random import Key
+from tpformer_kernels import apply_rope
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tpformer_kernels import cross_entropy_gradient, cross_entropy_statistics
 
 from tpformer.collectives import gather_stack
 from tpformer.mesh import Mesh
+from tpformer_kernels import cross_entropy_gradient, cross_entropy_statistics
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         )
         flat = logits.flatten(0, -2)
         out = flat if options.inplace else torch.empty_like(flat)
-        return cross_entropy_gradient(flat, local, options.columns, lse, weights, out).view_as(logits), None, None, None
+        return (
+            cross_entropy_gradient(flat, local, options.columns, lse, weights, out).view_as(logits),
+            None,
+            None,
+            None,
+        )
 
 
 def _check_targets(targets: Tensor, ignore_index: int, vocab_size: int) -> None:

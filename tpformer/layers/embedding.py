@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tpformer.collectives import all_reduce_, start_gather_sequence, start_scatter_sequence
-from tpformer.layers.init import draw_normal, draw_uniform
+from tpformer.layers.init import draw_normal, draw_uniform, fresh_key
 from tpformer.layers.linear import column_linear
 from tpformer.mesh import Mesh
 from tpformer.placement import replicated, split
-from tpformer.random import Key
 
 VOCAB_MULTIPLE = 128
 """Vocabularies are padded to a multiple of this, the same at any tp; the padding is always zero."""
@@ -43,7 +42,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(local, embedding_dim))
         self.placements = {"weight": split((num_embeddings, embedding_dim), 0, mesh.tp, local)}
         if not self.weight.is_meta:  # N(0, 1), as in torch.nn.Embedding
-            draw_normal(self.weight, self.placements["weight"], Key(int(torch.randint(2**62, ()))), 1.0)
+            draw_normal(self.weight, self.placements["weight"], fresh_key(), 1.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 (b, s) -> (b, s, d), or (b, s/tp, d) under sequence parallelism.
@@ -52,7 +51,6 @@ class VocabParallelEmbedding(nn.Module):
         """
         self._check(tokens)
         return _VocabParallelLookup.apply(tokens, self.weight, self.mesh)
-
 
     def _check(self, tokens: Tensor) -> None:
         """No rank owns a token outside the vocabulary: it would silently be embedded as zero."""
@@ -76,7 +74,7 @@ class VocabParallelHead(nn.Module):
         local = padded_vocab(num_embeddings, mesh.tp.size) // mesh.tp.size
         self.weight = nn.Parameter(torch.empty(local, embedding_dim))
         self.placements = {"weight": split((num_embeddings, embedding_dim), 0, mesh.tp, local)}
-        draw_uniform(self, 1 / math.sqrt(embedding_dim))
+        draw_uniform(self, self.placements, 1 / math.sqrt(embedding_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d), or (b, s/tp, d) under sequence parallelism -> (b, s, padded_vocab/tp)."""
@@ -120,7 +118,7 @@ class PositionEmbedding(nn.Module):
         # under sequence parallelism each rank uses the rows of its own positions only
         self.placements = {"weight": replicated((max_seq_len, embedding_dim), mesh.tp, mesh.sequence_parallel)}
         if not self.weight.is_meta:
-            draw_normal(self.weight, self.placements["weight"], Key(int(torch.randint(2**62, ()))), 1.0)
+            draw_normal(self.weight, self.placements["weight"], fresh_key(), 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""

@@ -36,14 +36,17 @@ def draw_normal(local: Tensor, placement: Placement, key: Key, std: float) -> No
     draw(local, placement, key, lambda words: normal(words) * std)
 
 
-def draw_uniform(layer: nn.Module, bound: float) -> None:
+def draw_uniform(layer: nn.Module, placements: dict[str, Placement], bound: float) -> None:
     """Fill a new layer's own parameters from U(-bound, bound), as torch.nn's layers do.
 
     Takes one number a parameter from torch's generator, whatever the layout: ranks with the same
-    torch.manual_seed (also with none) get parts of the same weights, and torch.nn's order of seeds is kept.
-    A layer on the meta device is left as it is.
+    torch.manual_seed (also with none) get parts of the same weights. A layer on the meta device is left as it is.
     """
     for name, parameter in layer.named_parameters(recurse=False):
         if not parameter.is_meta:
-            key = Key(int(torch.randint(2**62, ())))
-            draw(parameter, layer.placements[name], key, lambda words: (2 * uniform(words) - 1) * bound)  # type: ignore[union-attr, index, operator]
+            draw(parameter, placements[name], fresh_key(), lambda words: (2 * uniform(words) - 1) * bound)
+
+
+def fresh_key() -> Key:
+    """A key from torch's generator."""
+    return Key(int(torch.randint(2**62, ())))

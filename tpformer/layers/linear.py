@@ -55,7 +55,7 @@ class ColumnParallelLinear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(local))
             self.placements["bias"] = Placement(rows.shape[:1], 0, rows.pieces, rows.partial)
-        draw_uniform(self, 1 / math.sqrt(in_features))
+        draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
 
     def forward(self, x: Tensor) -> Any:
         """(b, s, d) -> (b, s, f/tp), or a tuple of them when interleaved; (b, s, f) with gather_output."""
@@ -93,7 +93,7 @@ class RowParallelLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features))
             # after a reduce-scatter each rank adds the bias to its own tokens only
             self.placements["bias"] = replicated((out_features,), mesh.tp, partial=mesh.sequence_parallel)
-        draw_uniform(self, 1 / math.sqrt(in_features))
+        draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d/tp) -> (b, s, f), or (b, s/tp, f) under sequence parallelism."""

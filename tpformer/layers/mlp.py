@@ -2,10 +2,10 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tpformer_kernels import gated_activation
 
 from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpformer.mesh import Mesh
+from tpformer_kernels import gated_activation
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -18,7 +18,13 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, ffn_hidden_size: int, activation: str = "gelu", bias: bool = True, *, mesh: Mesh = Mesh()
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        activation: str = "gelu",
+        bias: bool = True,
+        *,
+        mesh: Mesh = Mesh(),
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -43,7 +49,13 @@ class GatedMLP(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, ffn_hidden_size: int, activation: str = "silu", bias: bool = False, *, mesh: Mesh = Mesh()
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        activation: str = "silu",
+        bias: bool = False,
+        *,
+        mesh: Mesh = Mesh(),
     ):
         super().__init__()
         if activation not in GATED_ACTIVATIONS:

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tpformer_kernels import rms_norm
 
 from tpformer.mesh import Mesh
 from tpformer.placement import replicated
+from tpformer_kernels import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -15,9 +15,9 @@ class RopeScaling:
     Raises ValueError for a factor below 1 or an unknown kind.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     """linear: positions divided by factor; llama3: low frequencies only; yarn: ramp between (arXiv 2309.00071)."""
-    factor: float
+    factor: float = 1.0
     """How many times longer the context becomes."""
     original_max_seq_len: int = 8192
     """Context of the unscaled model, in tokens (llama3, yarn)."""
@@ -33,16 +33,16 @@ class RopeScaling:
     """yarn: what cos and sin are multiplied by; by default 0.1 ln(factor) + 1."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3", "yarn"):
-            raise ValueError(f"rope scaling kind ({self.kind!r}) must be linear, llama3 or yarn")
+        if self.kind not in ("none", "linear", "llama3", "yarn"):
+            raise ValueError(f"rope scaling kind ({self.kind!r}) must be none, linear, llama3 or yarn")
         if self.factor < 1:
             raise ValueError(f"rope scaling factor ({self.factor}) must be at least 1")
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()) -> tuple[Tensor, float]:
     """The angle per position of each pair, (head_dim/2) fp32, and the factor on cos and sin."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    if scaling is None:
+    if scaling.kind == "none":
         return frequencies, 1.0
     if scaling.kind == "linear":
         return frequencies / scaling.factor, 1.0
@@ -52,9 +52,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return _yarn(frequencies, theta, scaling), 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
 
 
-def rope_table(
-    length: int, head_dim: int, theta: float, scaling: RopeScaling | None, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def rope_table(length: int, head_dim: int, theta: float, scaling: RopeScaling, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, each (length, 1, head_dim/2), on the device and in the dtype of `like`."""
     frequencies, factor = rope_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(length).float(), frequencies).unsqueeze(1)

@@ -37,7 +37,9 @@ def generate(
     of the logits. Raises ValueError for options out of range.
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature ({temperature}) >= 0, top_k ({top_k}) >= 1 and 0 < top_p ({top_p}) <= 1 must hold")
+        raise ValueError(
+            f"temperature ({temperature}) >= 0, top_k ({top_k}) >= 1 and 0 < top_p ({top_p}) <= 1 must hold"
+        )
     window = model.config.max_seq_len  # type: ignore[attr-defined]
     for step in range(max_new_tokens):
         logits = _next_logits(model, tokens[:, -window:])  # (b, vocab)

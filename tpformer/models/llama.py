@@ -48,8 +48,8 @@ class LlamaConfig:
     """Of the MLP's gate: silu, gelu or gelu_tanh."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling | None = None
-    """How the rotary frequencies are stretched, if they are."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """How the rotary frequencies are stretched; not at all by default."""
     sliding_window: int | None = None
     """How many positions a token sees, itself included; all by default."""
     qkv_bias: bool = False
@@ -180,4 +180,6 @@ class Llama(nn.Module):
 def check_length(tokens: Tensor, max_seq_len: int) -> None:
     """Raises ValueError unless tokens are (b, s) with s within max_seq_len."""
     if tokens.dim() != 2 or tokens.shape[1] > max_seq_len:
-        raise ValueError(f"tokens {tuple(tokens.shape)} must be (batch, length) with length <= max_seq_len ({max_seq_len})")
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} must be (batch, length) with length <= max_seq_len ({max_seq_len})"
+        )

@@ -1,0 +1,48 @@
+# Two commands: `make pretrain` trains a model on two processes, `make test` proves that the split changes nothing.
+PYTHON ?= python3
+NPROC ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help pretrain test lint types check benchmark wheel clean
+
+help:
+	@echo "make pretrain    train a small byte-level model on Python's own library source, on $(NPROC) processes"
+	@echo "                 (ARGS='--resume' goes on; ARGS='--help' lists every option)"
+	@echo "make test        the whole test suite"
+	@echo "make check       tests, lint and types: what to run before a change is sent"
+	@echo "make benchmark   time a training step beside other tensor-parallel frameworks"
+	@echo "make wheel       build the wheel into dist/"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpformer needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+pretrain: $(VENV)/installed
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/pretrain.py --tp $(NPROC) $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+check: test lint types
+
+benchmark: $(VENV)/installed
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m benchmarks.training $(ARGS)
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,134 @@
+"""Pretrain a decoder: `torchrun --nproc-per-node 2 examples/pretrain.py --tp 2`, on CPUs (gloo) or GPUs (NCCL).
+
+Every setting is a flag (`--help` lists them), and a TOML file can hold them (`--config`). What a run leaves:
+
+    runs/<name>/config.toml  metrics.jsonl  loss.png  checkpoints/
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpformer import Mesh
+from tpformer.collectives import gather_stack, raise_together
+from tpformer.train.config import TrainConfig
+from tpformer.train.corpus import load_corpus
+from tpformer.train.flags import find_run, parse_config, to_toml
+from tpformer.train.trainer import Trainer, TrainReport
+
+
+def main(arguments: list[str]) -> int:
+    """Run; the exit code."""
+    world = Mesh.create()  # all processes as one axis, so that what goes wrong on one is heard of by all
+    try:
+        config = together(lambda: parse_config(arguments, quiet=world.world.rank > 0), world)
+        mesh = together(lambda: make_mesh(config), world)
+        corpus = together(lambda: load_corpus(config.data, config.model.vocab_size, progress=chief(world)), world)
+        directory = run_directory(config, world)
+        trainer = together(lambda: Trainer(config, mesh, corpus, directory), world)
+    except SystemExit as stop:  # help, or flags of which tyro has already said what is wrong
+        return int(stop.code or 0)
+    except (ValueError, OSError) as error:
+        complain(error, world)
+        raise_together(None, world.world)  # nobody leaves, and has torchrun end the others, before this is printed
+        return 2
+    together(lambda: begin(trainer), world)
+    try:
+        report = trainer.run()
+    except FloatingPointError as error:  # raised on every rank
+        complain(error, world)
+        return 1
+    if chief(world):
+        show(report, directory)
+    world.close()
+    return 0
+
+
+def chief(world: Mesh) -> bool:
+    """Is this the one process that talks?"""
+    return world.world.rank == 0
+
+
+def complain(error: Exception, world: Mesh) -> None:
+    """Print the one message."""
+    if chief(world):
+        print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)
+
+
+def together(action: Any, world: Mesh) -> Any:
+    """Do it on every rank; if it fails on any, every rank raises that error."""
+    result, problem = None, None
+    try:
+        result = action()
+    except (ValueError, OSError, SystemExit) as error:
+        problem = error
+    raise_together(problem, world.world)
+    return result
+
+
+def make_mesh(config: TrainConfig[Any]) -> Mesh:
+    """The mesh that the flags ask for."""
+    p = config.parallel
+    device = None if config.run.device == "auto" else config.run.device
+    return Mesh.create(p.tp, p.pp, p.dp, p.sequence_parallel, device=device)
+
+
+def run_directory(config: TrainConfig[Any], world: Mesh) -> Path:
+    """The directory of this run, the same on every rank; made here unless it is resumed."""
+    runs, name = Path(config.run.runs_dir), config.run.name
+    if config.run.resume:
+        return together(lambda: find_run(runs, name), world)
+    now = gather_stack(torch.tensor([time.time()], dtype=torch.float64, device=world.device), world.world)[0].item()
+    directory = runs / (name or time.strftime("%Y%m%d-%H%M%S", time.localtime(now)))
+
+    def make() -> None:
+        if chief(world) and (directory / "config.toml").exists():
+            raise ValueError(f"{directory} holds a run already: go on with --resume, or choose another --name")
+        if chief(world):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    together(make, world)
+    return directory
+
+
+def begin(trainer: Trainer) -> None:
+    """Record the configuration and say what is about to be trained."""
+    if not trainer.chief:
+        return
+    config, directory, model = trainer.config, trainer.directory, trainer.model
+    saved = replace(config, config="", run=replace(config.run, resume=False, name=directory.name))
+    temporary = directory / ".config.toml.partial"
+    temporary.write_text(to_toml(saved))
+    os.replace(temporary, directory / "config.toml")
+    mesh, corpus = trainer.mesh, trainer.corpus
+    print(
+        f"{config.family}, {model.config.num_parameters():,} parameters, vocabulary {corpus.vocab_size:,}\n"
+        f"tp {mesh.tp.size} x dp {mesh.dp.size} on {mesh.device.type}"
+        f"{', sequence parallel' if mesh.sequence_parallel else ''}\n"
+        f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} held out ({config.data.data})\n"
+        f"{f'resumed at step {trainer.step}' if config.run.resume else f'writing to {directory}'}",
+        flush=True,
+    )
+
+
+def show(report: TrainReport, directory: Path) -> None:
+    """The result, for people."""
+    if report.trace is not None:
+        print(f"\ncommunication of one training step, as this rank saw it\n{report.trace.table()}")
+    if report.sample:
+        print(f"\na sample\n{'-' * 60}\n{report.sample}\n{'-' * 60}")
+    print(
+        f"\nheld-out loss      {report.validation_loss:.4f} nats per token, after {report.steps} steps\n"
+        f"unigram entropy    {report.unigram:.4f}  ({report.unigram - report.validation_loss:+.4f} below it)\n"
+        f"ln(vocabulary)     {report.uniform:.4f}\n\n"
+        f"{directory}/  config.toml  metrics.jsonl  loss.png  checkpoints/"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,244 @@
+"""The decoder block against plain torch; and `prove`, by which the tests of every layer compare it with a reference.
+
+`prove` runs a function at tp 1, 2 and 4, with and without sequence parallelism, in fp64 and fp32: outputs, input
+gradients and the whole gradient of every parameter must be those of the reference, on every rank.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.distributed import Ranks
+from tpformer import (
+    MLP,
+    AttentionConfig,
+    DecoderBlock,
+    GatedMLP,
+    Key,
+    LayerNorm,
+    Mesh,
+    RMSNorm,
+    SelfAttention,
+    full_gradient,
+    load_full_state,
+    placements,
+    reduce_partial_gradients,
+    trace_communication,
+)
+
+Arrays = dict[str, npt.NDArray[Any]]
+Results = dict[str, Arrays]  # of each layout and dtype
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+
+
+def noise(name: str, *shape: int) -> Tensor:
+    """Random fp64 numbers that depend on the name and shape only."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def meshes() -> dict[str, Mesh]:
+    """Every layout that the running processes allow: tp 1 on one, tp 2 and 4 on four."""
+    found: dict[str, Mesh] = {}
+    for tp in (2, 4) if dist.is_initialized() else (1,):
+        mesh = Mesh.create(tp=tp)
+        found |= {f"tp {tp}": mesh, f"tp {tp} sequence-parallel": replace(mesh, sequence_parallel=True)}
+    return found
+
+
+def take(x: Tensor, kind: str, mesh: Mesh) -> Tensor:
+    """This rank's part of a whole tensor: "tokens" under sequence parallelism, "features" always, or the "whole"."""
+    if kind == "whole" or (kind == "tokens" and not mesh.sequence_parallel):
+        return x
+    return x.chunk(mesh.tp.size, dim=-1 if kind == "features" else -2)[mesh.tp.rank]
+
+
+def whole(x: Tensor, kind: str, mesh: Mesh) -> Tensor:
+    """The inverse of `take`, by torch's own all-gather."""
+    if mesh.tp.size == 1 or kind == "whole" or (kind == "tokens" and not mesh.sequence_parallel):
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.tp.size)]
+    dist.all_gather(parts, x.contiguous(), group=mesh.tp.group)
+    return torch.cat(parts, dim=-1 if kind == "features" else -2)
+
+
+def fill(layer: nn.Module, mesh: Mesh) -> None:
+    """Give every parameter whole values that depend on its name only, so that they are those of the reference."""
+    shapes = {name: p.shape for name, p in placements(layer, mesh).items()}
+    load_full_state(layer, {name: noise(name, *s) / (s[-1] ** 0.5 if len(s) > 1 else 1) for name, s in shapes.items()})
+
+
+def evaluate(
+    layer: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    mesh: Mesh,
+    *,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    kinds: tuple[str, str] = ("tokens", "tokens"),
+) -> dict[str, Tensor]:
+    """The whole output, input gradient and parameter gradients of a layer, of whole x and dy; collective."""
+    part = take(x, kinds[0], mesh).detach().requires_grad_()
+    cotangent = take(dy, kinds[1], mesh)
+    before = cotangent.clone()
+    y = (forward or layer)(part)
+    y.backward(cotangent)
+    assert torch.equal(cotangent, before), "the incoming gradient was written to"
+    assert part.grad is not None
+    reduce_partial_gradients(layer)
+    gradients = {name: full_gradient(layer, name) for name, p in layer.named_parameters() if p.requires_grad}
+    return {"y": whole(y.detach(), kinds[1], mesh), "dx": whole(part.grad, kinds[0], mesh), **gradients}
+
+
+def on_layouts(case: Callable[[Mesh, torch.dtype], dict[str, Tensor]]) -> Results:
+    """The case's tensors in every layout and dtype, as arrays (which travel between processes more cheaply)."""
+    return {
+        f"{layout} {name}": {key: value.numpy() for key, value in case(mesh, getattr(torch, name)).items()}
+        for layout, mesh in meshes().items()
+        for name in TOLERANCE
+    }
+
+
+def prove(ranks: Ranks, run: Callable[..., Results], expected: dict[str, Tensor], *args: Any) -> None:
+    """run(*args), which ends in `on_layouts`, gives what is expected, here and on each of four processes."""
+    seen: set[str] = set()
+    for rank, results in enumerate([run(*args), *ranks(run, 4, *args)], start=-1):
+        for layout, result in results.items():
+            seen.add(layout)
+            assert result.keys() == expected.keys()
+            for name, value in result.items():
+                error = difference(value, expected[name])
+                assert error <= TOLERANCE[layout.split()[-1]], f"{layout}, rank {rank}: {name} is off by {error:.1e}"
+    assert len(seen) == 12
+
+
+def difference(value: npt.NDArray[Any], expected: Tensor) -> float:
+    """The largest error, relative to the largest expected value; infinite if the shapes differ or it is no number."""
+    if value.shape != tuple(expected.shape) or not np.isfinite(value).all():
+        return float("inf")
+    error, scale = np.abs(value - expected.detach().numpy()).max(), expected.abs().max().item()
+    return float(error / scale) if scale else float(error)
+
+
+B, S, D, FFN, HEADS = 2, 8, 12, 16, 4
+CONFIG = AttentionConfig(hidden_size=D, num_heads=HEADS, num_kv_heads=HEADS, head_dim=4, dropout=0.3)
+
+
+def make(kind: str, mesh: Mesh, dtype: torch.dtype, dropout: float = 0.0) -> DecoderBlock:
+    """A block as in Llama or in GPT-2."""
+    config = replace(CONFIG, dropout=dropout, qkv_bias=kind == "gpt", out_bias=kind == "gpt")
+    norms = [(RMSNorm if kind == "llama" else LayerNorm)(D, mesh=mesh) for _ in range(2)]
+    mlp = GatedMLP(D, FFN, mesh=mesh) if kind == "llama" else MLP(D, FFN, mesh=mesh)
+    block = DecoderBlock(SelfAttention(config, mesh=mesh), mlp, *norms, dropout=dropout, mesh=mesh).to(dtype)
+    fill(block, mesh)
+    return block
+
+
+def run_block(kind: str) -> Results:
+    def case(mesh: Mesh, dtype: torch.dtype) -> dict[str, Tensor]:
+        x, dy = noise("x", B, S, D).to(dtype), noise("dy", B, S, D).to(dtype)
+        return evaluate(make(kind, mesh, dtype), x, dy, mesh)
+
+    return on_layouts(case)
+
+
+def reference(kind: str) -> dict[str, Tensor]:
+    """The block from torch's functions, on whole fp64 tensors."""
+    block = make(kind, Mesh(), torch.float64)
+    p = {name: parameter.detach().requires_grad_() for name, parameter in block.named_parameters()}
+    x = noise("x", B, S, D).requires_grad_()
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        if kind == "llama":
+            return F.rms_norm(x, (D,), p[f"{name}.weight"], 1e-5)
+        return F.layer_norm(x, (D,), p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
+
+    q, k, v = (
+        F.linear(norm("attention_norm", x), p["attention.qkv.weight"], p.get("attention.qkv.bias"))
+        .view(B, S, HEADS, 3, 4)
+        .permute(3, 0, 2, 1, 4)
+    )
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    h = x + F.linear(attended, p["attention.out.weight"], p.get("attention.out.bias"))
+    inner = norm("mlp_norm", h)
+    if kind == "llama":
+        inner = inner @ p["mlp.gate_up.weight"].T
+        inner = F.silu(inner[..., 0::2]) * inner[..., 1::2]
+    else:
+        inner = F.gelu(F.linear(inner, p["mlp.up.weight"], p["mlp.up.bias"]))
+    y = h + F.linear(inner, p["mlp.down.weight"], p.get("mlp.down.bias"))
+    y.backward(noise("dy", B, S, D))
+    gradients = {name: parameter.grad for name, parameter in p.items()}
+    return {"y": y, "dx": x.grad, **gradients}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt"])
+def test_block_is_plain_torch_s(ranks: Ranks, kind: str) -> None:
+    prove(ranks, run_block, reference(kind), kind)
+
+
+def run_with_dropout(kind: str, name: str) -> Results:
+    def case(mesh: Mesh, dtype: torch.dtype) -> dict[str, Tensor]:
+        x, dy = noise("x", B, S, D).to(dtype), noise("dy", B, S, D).to(dtype)
+        block = make(kind, mesh, dtype, dropout=0.4)
+        return evaluate(block, x, dy, mesh, forward=lambda x: block(x, None, Key(5).fold(name)))
+
+    return on_layouts(case)
+
+
+def test_dropout_inside_a_block_is_the_same_at_any_layout(ranks: Ranks) -> None:
+    results = run_with_dropout("llama", "step 1")["tp 1 float64"]
+    prove(ranks, run_with_dropout, {name: torch.from_numpy(value) for name, value in results.items()}, "llama", "step 1")
+    for other in (reference("llama"), run_with_dropout("llama", "step 2")["tp 1 float64"]):
+        assert difference(results["y"], torch.as_tensor(other["y"])) > 0.1
+
+
+def test_attention_and_the_two_residuals_drop_with_keys_of_their_own() -> None:
+    """The masks of the three uses differ, or dropout would be correlated within a block."""
+    seen: list[Key | None] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor, rope: object = None, key: Key | None = None) -> Tensor:
+            seen.append(key)
+            return torch.ones_like(x)
+
+    block = DecoderBlock(Spy(), Spy(), nn.Identity(), nn.Identity(), dropout=0.5)
+    x = torch.zeros(1, 16, 16)
+    attended = DecoderBlock(Spy(), nn.Linear(16, 16, bias=False), nn.Identity(), nn.Identity(), dropout=0.5)
+    nn.init.zeros_(attended.mlp.weight)  # type: ignore[arg-type]
+    first = attended(x, key=Key(1))  # the mask after attention alone
+    second = block(x, key=Key(1)) - first
+    assert set(first.unique().tolist()) == set(second.unique().tolist()) == {0.0, 2.0}
+    assert 0.3 < (first == second).float().mean() < 0.7
+    assert seen[0] == Key(1).fold("attention")
+
+
+def run_counts(kind: str) -> dict[str, list[str]]:
+    counts = {}
+    for layout, mesh in meshes().items():
+        block = make(kind, mesh, torch.float32)
+        x = take(noise("x", B, S, D).float(), "tokens", mesh).requires_grad_()
+        with trace_communication() as trace:
+            block(x).backward(take(noise("dy", B, S, D).float(), "tokens", mesh))
+        counts[layout] = sorted(f"{call.phase} {call.axis} {call.op}" for call in trace.calls)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt"])
+def test_one_all_reduce_each_way_in_attention_and_in_the_mlp(ranks: Ranks, kind: str) -> None:
+    """Under sequence parallelism one pair instead; backward gathers what forward did not keep once more."""
+    pair = ["backward tp all_gather"] * 4 + ["backward tp reduce_scatter"] * 2
+    pair += ["forward tp all_gather"] * 2 + ["forward tp reduce_scatter"] * 2
+    for counts in ranks(run_counts, 4, kind):
+        for tp in (2, 4):
+            assert counts[f"tp {tp}"] == ["backward tp all_reduce"] * 2 + ["forward tp all_reduce"] * 2
+            assert counts[f"tp {tp} sequence-parallel"] == pair
+    assert run_counts(kind) == {"tp 1": [], "tp 1 sequence-parallel": []}

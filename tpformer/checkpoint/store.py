@@ -1,0 +1,202 @@
+"""Checkpoints of a run: safetensors and JSON, atomic, readable at any tensor- and data-parallel degree.
+
+    checkpoints/step_00000400/
+      meta.json                        step, and whatever else the trainer wants to know again
+      tp_00000_of_00002.safetensors    the slices that each tp rank owns; the header says where they belong
+
+A checkpoint is written to a directory of another name, which is renamed at the end: a process killed at any
+moment leaves the former checkpoints whole. No pickle is written or read.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tpformer.collectives import raise_together
+from tpformer.mesh import Mesh
+from tpformer.placement import Placement
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    known: dict[str, Placement],
+    meta: dict[str, Any],
+    mesh: Mesh,
+) -> Path:
+    """Write this step's checkpoint below `directory` and return its path; collective.
+
+    tensors: this rank's parts by name; the part after the first "/" names the parameter whose placement it has.
+    Raises OSError (disk full, no permission), on every rank, and leaves no half-written checkpoint behind.
+    """
+    final = directory / f"step_{step:08d}"
+    partial = directory / f".step_{step:08d}.partial"
+    chief = mesh.world.rank == 0
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write() -> None:
+        _write_parts(partial / f"tp_{mesh.tp.rank:05d}_of_{mesh.tp.size:05d}.safetensors", tensors, known)
+
+    def publish() -> None:
+        (partial / "meta.json").write_text(json.dumps({"step": step, "tp": mesh.tp.size, **meta}, indent=1) + "\n")
+        _sync(partial / "meta.json")
+        _sync(partial)
+        if final.exists():  # a step that is saved again: the old one goes only when the new one is in place
+            os.rename(final, old := directory / f".step_{step:08d}.replaced")
+            os.rename(partial, final)
+            shutil.rmtree(old)
+        else:
+            os.rename(partial, final)
+        _sync(directory)
+
+    _together(prepare if chief else None, mesh)
+    _together(write if mesh.dp.rank == 0 else None, mesh)  # replicas hold the same
+    _together(publish if chief else None, mesh)
+    return final
+
+
+def load_checkpoint(path: Path, tensors: dict[str, Tensor], known: dict[str, Placement], mesh: Mesh) -> dict[str, Any]:
+    """Fill this rank's parts from a checkpoint written at any tp and dp, in place, and return its meta; collective.
+
+    Each rank reads only its slices. Raises ValueError, on every rank and naming the file or tensor, for a
+    missing or damaged file, and for a tensor that is missing or has another shape.
+    """
+    meta: dict[str, Any] = {}
+
+    def read() -> None:
+        meta.update(read_meta(path))
+        expected = int(meta["tp"])
+        names = [f"tp_{rank:05d}_of_{expected:05d}.safetensors" for rank in range(expected)]
+        files = {name: _open(path / name) for name in names}
+        where: dict[str, list[_Slice]] = {}
+        for file in files.values():
+            for entry in json.loads(file.metadata()["slices"]):
+                where.setdefault(entry["tensor"], []).append(_Slice(file, **entry))
+        for name, local in tensors.items():
+            _read_parts(name, local, known[name.split("/", 1)[-1]], where.get(name, []), path)
+
+    _together(read, mesh)
+    return meta
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises ValueError if there is none."""
+    try:
+        return json.loads((path / "meta.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a checkpoint: its meta.json cannot be read ({error})") from error
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The complete checkpoint of the highest step below `directory`, if there is one."""
+    return max((p.parent for p in directory.glob("step_*/meta.json")), default=None)
+
+
+def prune_checkpoints(directory: Path, keep: int) -> None:
+    """Remove all but the `keep` latest checkpoints (0 keeps all), and what killed writers left."""
+    complete = sorted(p.parent for p in directory.glob("step_*/meta.json"))
+    for path in [*(complete[:-keep] if keep else []), *directory.glob(".step_*")]:
+        if not path.name.startswith("."):  # hidden first: what is half removed is no checkpoint
+            os.rename(path, path := path.with_name(f".{path.name}.removed"))
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One stored slice: [start, start + size) along `dim` of the whole `tensor` of `shape`."""
+
+    file: Any
+    tensor: str
+    key: str
+    shape: list[int]
+    dim: int
+    start: int
+    size: int
+
+
+def _write_parts(path: Path, tensors: dict[str, Tensor], known: dict[str, Placement]) -> None:
+    """Write the slices that this rank owns; the header's "slices" says which."""
+    stored: dict[str, Tensor] = {}
+    entries = []
+    for name, local in tensors.items():
+        placement = known[name.split("/", 1)[-1]]
+        for number, (piece, _, ours) in enumerate(placement.slices()):
+            if piece.copy:
+                continue
+            key = f"{name}#{number}"
+            # a copy even on the CPU: safetensors refuses views that share memory
+            stored[key] = local[ours].detach().to("cpu", copy=True).contiguous()
+            place = {
+                "shape": list(placement.shape),
+                "dim": placement.dim,
+                "start": piece.start,
+                "size": piece.size,
+            }
+            entries.append({"tensor": name, "key": key, **place})
+    save_file(stored, path, metadata={"slices": json.dumps(entries)})
+    _sync(path)
+
+
+def _read_parts(name: str, local: Tensor, placement: Placement, slices: list[_Slice], path: Path) -> None:
+    """Fill the local part of one tensor from whichever stored slices overlap it."""
+    if not slices or tuple(slices[0].shape) != placement.shape:
+        found = f"has shape {tuple(slices[0].shape)}" if slices else "is missing"
+        raise ValueError(
+            f"{name} {found} in {path}, but the model needs {placement.shape}: another model's checkpoint?"
+        )
+    with torch.no_grad():
+        local.zero_()
+        for piece, _, ours in placement.slices():
+            view, filled = local[ours], 0
+            for s in slices:
+                start, stop = max(s.start, piece.start), min(s.start + s.size, piece.start + piece.size)
+                if start >= stop:
+                    continue
+                before = (slice(None),) * placement.dim
+                stored = s.file.get_slice(s.key)
+                index = (*before, slice(start - s.start, stop - s.start)) if placement.shape else ...
+                target = (*before, slice(start - piece.start, stop - piece.start)) if placement.shape else ()
+                view[target] = stored[index].to(view)
+                filled += stop - start
+            if filled != piece.size:
+                raise ValueError(f"{name}: {path} holds {filled} of the {piece.size} rows from {piece.start} on")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+
+
+def _together(action: Callable[[], None] | None, mesh: Mesh) -> None:
+    """Do it where there is something to do, wait for all, and fail everywhere if it failed anywhere."""
+    error: Exception | None = None
+    try:
+        if action is not None:
+            action()
+    except Exception as caught:
+        error = caught
+    raise_together(error, mesh.world)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or directory to the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The parallelisms around the layers: data parallel."""

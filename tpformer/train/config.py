@@ -1,0 +1,100 @@
+"""Everything a pretraining run can be told, each field with its help; flags.py makes flags and TOML of it."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Generic, Literal, TypeVar
+
+import tyro
+
+from tpformer.mesh import ParallelConfig
+from tpformer.models.gpt import GPTConfig
+from tpformer.models.llama import LlamaConfig
+from tpformer.train.optimizer import OptimizerConfig
+
+ModelT = TypeVar("ModelT", LlamaConfig, GPTConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    data: str = "python"
+    """Text (a file, a directory or a quoted glob; .jsonl with a "text" field), Megatron's .bin/.idx pair, or
+    nanoGPT's .bin; "python" is the library source of this Python installation."""
+    tokenizer: str = "byte"
+    """"byte", or the path of a Hugging Face tokenizer.json."""
+    validation_part: float = 0.05
+    """Part of the files (of the tokens, where there is one file or a .bin) that is held out for validation."""
+    seq_len: int = 256
+    """Tokens in a training sample."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, how large and where to."""
+
+    steps: int = 600
+    """Optimizer steps of the whole run."""
+    batch_size: int = 16
+    """Samples in a step, over all replicas."""
+    micro_batch_size: int = 0
+    """Samples in one forward and backward of a replica; 0 is all of its samples at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the model computes in; weights, gradients and optimizer state are fp32 either way."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the training loss."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and dropout."""
+    eval_interval: int = 200
+    """Steps between evaluations on the held-out data; 0 evaluates only at the end."""
+    eval_samples: int = 64
+    """Samples in an evaluation."""
+    checkpoint_interval: int = 200
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay; 0 keeps all."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    sample_tokens: int = 200
+    """Length of the sample that is generated at the end, in tokens."""
+    prompt: str = "def "
+    """What the sample begins with."""
+    runs_dir: str = "runs"
+    """Where runs are kept."""
+    name: str = ""
+    """The run's directory below runs_dir; by default the date and time (with --resume, the latest run)."""
+    resume: bool = False
+    """Go on from the last checkpoint of a run, with its configuration and whatever flags are given."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: GPUs where there are any."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("micro_batch_size", "z_loss", "seed", "eval_interval", "eval_samples", "checkpoint_interval"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Generic[ModelT]):
+    """One pretraining run, in sections that each belong to the part that reads them."""
+
+    model: Annotated[ModelT, tyro.conf.arg(name="")]
+    family: Literal["llama", "gpt"] = "llama"
+    """The model family; the model's flags below are of this one."""
+    config: str = ""
+    """A TOML file with any of these settings, in the sections of a run's config.toml; flags come on top."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
+    parallel: Annotated[ParallelConfig, tyro.conf.arg(name="")] = ParallelConfig()
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: OptimizerConfig(lr=3e-3, warmup_steps=50)
+    )
+
+
+# what `make pretrain` trains: vocab_size and max_seq_len 0 are filled in from the tokenizer and seq_len
+SMALL_LLAMA = LlamaConfig(
+    vocab_size=0, hidden_size=192, num_layers=6, num_heads=6, num_kv_heads=2, ffn_hidden_size=512, max_seq_len=0
+)
+SMALL_GPT = GPTConfig(vocab_size=0, hidden_size=192, num_layers=6, num_heads=6, max_seq_len=0)

@@ -1,0 +1,188 @@
+"""The training loop: build, resume, step, evaluate, save, report."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from tpformer.collectives import all_reduce_
+from tpformer.data import TokenSampler, unigram_entropy
+from tpformer.mesh import Mesh, divide
+from tpformer.models.gpt import GPT, GPTConfig
+from tpformer.models.llama import Llama
+from tpformer.parallel.data import GradientBuckets
+from tpformer.random import Key
+from tpformer.trace import Trace, trace_communication
+from tpformer.train.config import TrainConfig
+from tpformer.train.corpus import Corpus
+from tpformer.train.log import MetricsFile, peak_flops, plot_loss
+from tpformer.train.optimizer import Optimizer, learning_rate
+from tpformer.train.step import StepReport, train_step
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """How a run ended: held-out loss in nats per token beside its marks, and one step's collectives."""
+
+    steps: int
+    validation_loss: float
+    uniform: float  # ln(vocab_size)
+    unigram: float  # entropy of the held-out tokens
+    trace: Trace | None
+    sample: str
+
+
+class Trainer:
+    """One run, at any layout: `Trainer(config, mesh, corpus, directory).run()`; every rank makes the same calls.
+
+    Raises ValueError for a config that does not fit the mesh, the data or the checkpoint.
+    """
+
+    def __init__(self, config: TrainConfig[Any], mesh: Mesh, corpus: Corpus, directory: Path):
+        self.config, self.mesh, self.corpus, self.directory = config, mesh, corpus, directory
+        run, data = config.run, config.data
+        self.replica_batch = divide(run.batch_size, mesh.dp.size, "batch_size", "dp")
+        self.sampler = TokenSampler(corpus.train, data.seq_len, run.seed, corpus.vocab_size)
+        self.held_out = TokenSampler(corpus.validation, data.seq_len, run.seed, corpus.vocab_size, shuffle=False)
+        self.model = build_model(config, mesh, corpus.vocab_size)
+        dtype = torch.bfloat16 if run.precision == "bf16" else None
+        self.optimizer = Optimizer(self.model, mesh, config.optimizer, dtype)
+        self.buckets = GradientBuckets(self.model, mesh)
+        self.step = self._resume() if run.resume else 0
+        self.chief = mesh.world.rank == 0
+        self.metrics = MetricsFile(directory / "metrics.jsonl", self.step) if self.chief else None
+        self.trace: Trace | None = None
+
+    def run(self) -> TrainReport:
+        """Train to the configured number of steps and report."""
+        run = self.config.run
+        with tqdm(total=run.steps, initial=self.step, unit="step", disable=not self.chief, dynamic_ncols=True) as bar:
+            started, first = time.perf_counter(), self.step
+            while self.step < run.steps:
+                report = self._train_step()
+                rate = (self.step - first) * self._tokens_per_step() / (time.perf_counter() - started)
+                self._show(bar, report, rate)
+                if self.step % run.log_interval == 0 or self.step == run.steps:
+                    self._log(loss=report.loss, grad_norm=report.grad_norm, tokens_per_second=round(rate))
+                if _due(self.step, run.eval_interval) and self.step < run.steps:
+                    self._log(validation_loss=self.evaluate())
+                if _due(self.step, run.checkpoint_interval) or self.step == run.steps:
+                    self.save()
+        return self._finish()
+
+    def evaluate(self) -> float:
+        """Mean loss over the first eval_samples held-out samples, in nats per token; collective."""
+        count = min(max(self.config.run.eval_samples, 1), self.held_out.num_samples)
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        with torch.no_grad():
+            for samples in self._held_out_batches(count):
+                loss = self.model.loss(samples[:, :-1], samples[:, 1:])
+                total += loss.double() * len(samples)
+        return all_reduce_(total, self.mesh.dp).item() / count
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and let go of old ones; collective."""
+        meta = {"samples": self.step * self.config.run.batch_size, "seq_len": self.config.data.seq_len}
+        checkpoints = self.directory / "checkpoints"
+        save_checkpoint(checkpoints, self.step, self.optimizer.state(), self.optimizer.placements, meta, self.mesh)
+        if self.chief:
+            prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
+
+    def _train_step(self) -> StepReport:
+        run = self.config.run
+        start = self.step * run.batch_size + self.mesh.dp.rank * self.replica_batch
+        arguments: dict[str, Any] = {
+            "samples": self.sampler.samples(start, self.replica_batch),
+            "micro_batch_size": run.micro_batch_size or self.replica_batch,
+            "lr": learning_rate(self.step, run.steps, self.config.optimizer),
+            "key": Key(run.seed).fold("dropout", self.step),
+            "z_loss": run.z_loss,
+        }
+        if self.trace is None:  # the first step of this process, for the table of collectives
+            with trace_communication() as self.trace:
+                report = train_step(self.model, self.buckets, self.optimizer, **arguments)
+        else:
+            report = train_step(self.model, self.buckets, self.optimizer, **arguments)
+        self.step += 1
+        return report
+
+    def _held_out_batches(self, count: int) -> Iterator[Tensor]:
+        """This replica's part of held-out samples 0..count - 1, in batches of the training size."""
+        mine = range(self.mesh.dp.rank, count, self.mesh.dp.size)
+        for first in range(0, len(mine), self.replica_batch):
+            numbers = mine[first : first + self.replica_batch]
+            yield torch.cat([self.held_out.samples(number, 1) for number in numbers]).to(self.mesh.device)
+
+    def _resume(self) -> int:
+        """Load the latest checkpoint and return the number of steps it has."""
+        path = latest_checkpoint(self.directory / "checkpoints")
+        if path is None:
+            return 0  # ended before its first checkpoint: begin again
+        tensors = {name: torch.empty_like(part) for name, part in self.optimizer.state().items()}
+        meta = load_checkpoint(path, tensors, self.optimizer.placements, self.mesh)
+        if meta["samples"] != meta["step"] * self.config.run.batch_size or meta["seq_len"] != self.config.data.seq_len:
+            raise ValueError(
+                f"{path} was made with batch_size {meta['samples'] // meta['step']} and seq_len {meta['seq_len']}, "
+                f"not {self.config.run.batch_size} and {self.config.data.seq_len}: the order of the data would change"
+            )
+        self.optimizer.load_state(tensors, meta["step"])
+        return meta["step"]
+
+    def _tokens_per_step(self) -> int:
+        return self.config.run.batch_size * self.config.data.seq_len
+
+    def _show(self, bar: Any, report: StepReport, rate: float) -> None:
+        bar.update(1)
+        shown = {"loss": f"{report.loss:.3f}", "tok/s": f"{rate:,.0f}"}
+        peak = peak_flops(self.mesh.device)
+        if peak:
+            flops = rate * self.model.config.flops_per_token(self.config.data.seq_len)
+            shown["MFU"] = f"{flops / (peak * self.mesh.world.size):.1%}"
+        bar.set_postfix(shown, refresh=False)
+
+    def _log(self, **record: Any) -> None:
+        if self.metrics:
+            self.metrics.write({"step": self.step, **record})
+
+    def _finish(self) -> TrainReport:
+        uniform, unigram = math.log(self.corpus.vocab_size), unigram_entropy(self.corpus.validation)
+        validation = self.evaluate()
+        self._log(validation_loss=validation)
+        if self.metrics:
+            levels = {"ln(vocabulary)": uniform, "unigram entropy": unigram}
+            plot_loss(self.directory / "loss.png", self.metrics.read(), levels)
+        return TrainReport(self.step, validation, uniform, unigram, self.trace, self._sample())
+
+    def _sample(self) -> str:
+        """Text after the prompt, where there is a tokenizer; collective."""
+        run, tokenizer = self.config.run, self.corpus.tokenizer
+        if tokenizer is None or not run.sample_tokens or not run.prompt:
+            return ""
+        tokens = torch.tensor([tokenizer.encode(run.prompt).tolist()], device=self.mesh.device)
+        ids = self.model.generate(tokens, max_new_tokens=run.sample_tokens, temperature=0.8, top_k=40, seed=run.seed)
+        return tokenizer.decode(ids[0].tolist())
+
+
+def build_model(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Any:
+    """The configured model; vocab_size and max_seq_len of 0 become the data's."""
+    if mesh.pp.size > 1:
+        raise ValueError(f"pp ({mesh.pp.size}) must be 1: these models are not cut into pipeline stages")
+    seq_len = config.data.seq_len
+    model = replace(config.model, vocab_size=vocab_size, max_seq_len=config.model.max_seq_len or seq_len)
+    if seq_len > model.max_seq_len:
+        raise ValueError(f"seq_len ({seq_len}) must be at most max_seq_len ({model.max_seq_len})")
+    if mesh.sequence_parallel:
+        divide(seq_len, mesh.tp.size, "seq_len")
+    kind: Any = GPT if isinstance(model, GPTConfig) else Llama
+    return kind(model, mesh, seed=config.run.seed)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
