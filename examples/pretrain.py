@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     together(lambda: begin(trainer), world)
     try:
         report = trainer.run()
-    except FloatingPointError as error:  # raised on every rank
+    except (FloatingPointError, OSError) as error:  # a loss that is not finite, a full disk: raised on every rank
         complain(error, world)
         return 1
     if chief(world):

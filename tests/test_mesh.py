@@ -51,9 +51,9 @@ def test_degrees_that_do_not_match_the_processes(config: ParallelConfig, world_s
 @pytest.mark.parametrize("degree", [0, -2])
 def test_degrees_below_one_are_named(name: str, degree: int) -> None:
     with pytest.raises(ValueError, match=rf"{name} \({degree}\) must be at least 1"):
-        ParallelConfig(**{name: degree})
+        ParallelConfig(**{name: degree})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"{name} \({degree}\) must be at least 1"):
-        Mesh.create(**{name: degree})
+        Mesh.create(**{name: degree})  # type: ignore[arg-type]
 
 
 def test_a_mesh_of_one_process_has_no_process_group() -> None:

@@ -166,9 +166,9 @@ def split_features(x: Tensor, axis: Axis) -> Tensor:
 def raise_together(error: BaseException | None, axis: Axis) -> None:
     """Let every rank of the axis hear of the first rank's error; collective, so that no rank waits for a dead one.
 
-    Raises that error itself on the rank that had it, ValueError with its text on the others.
+    Raises that error itself on the rank that had it, OSError or ValueError with its text on the others.
     """
-    text = "" if error is None else f"{error}" or type(error).__name__
+    text = "" if error is None else f"{'O' if isinstance(error, OSError) else 'V'}{error}"
     if axis.size > 1:
         device = "cuda" if dist.get_backend(axis.group) == "nccl" else "cpu"
         mine = torch.zeros(4096, dtype=torch.uint8)
@@ -179,4 +179,4 @@ def raise_together(error: BaseException | None, axis: Axis) -> None:
     if error is not None:
         raise error
     if text:
-        raise ValueError(text)
+        raise (OSError if text[0] == "O" else ValueError)(text[1:])

@@ -63,7 +63,7 @@ class Trace(TorchDispatchMode):
 
     def _record(self, operator: str, args: Any) -> None:
         if operator not in _OPERATORS:
-            raise NotImplementedError(f"the trace does not know the collective c10d::{operator}")
+            raise RuntimeError(f"the trace does not know the collective c10d::{operator}")
         op, payload = _OPERATORS[operator]
         tensors = [] if op == "barrier" else list(_tensors(args[payload]))
         in_backward = torch._C._current_graph_task_id() != -1

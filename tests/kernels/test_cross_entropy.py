@@ -9,6 +9,7 @@ from tpformer_kernels import cross_entropy_gradient, cross_entropy_statistics
 
 SIZES = [(1, 1), (1, 8), (5, 1), (4, 15), (3, 16), (7, 17), (300, 33)]
 
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SHAPES = [(1, 1), (1, 9), (5, 1), (2, 3, 15), (2, 3, 16), (2, 17), (3,)]
 
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

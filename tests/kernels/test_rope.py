@@ -8,6 +8,7 @@ from tpformer_kernels import apply_rope
 
 SHAPES = [(1, 1, 1, 2), (2, 5, 3, 6), (1, 7, 1, 16), (3, 1, 2, 34)]
 
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -50,7 +51,9 @@ def test_is_the_rotation_of_transformers() -> None:
     whole = torch.cat([angle, angle], dim=-1).transpose(0, 1)  # theirs: (1, s, k)
     theirs = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), whole.cos(), whole.sin())
     for x, expected in zip((q, k), theirs, strict=True):
-        torch.testing.assert_close(apply_rope(x, angle.cos(), angle.sin()), expected.transpose(1, 2), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            apply_rope(x, angle.cos(), angle.sin()), expected.transpose(1, 2), rtol=1e-12, atol=0
+        )
 
 
 def test_strided_views_of_a_fused_projection() -> None:

@@ -10,7 +10,18 @@ from einops import rearrange
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, difference, evaluate, fill, meshes, noise, on_layouts, prove, take
+from tests.layers.test_block import (
+    Results,
+    difference,
+    evaluate,
+    fill,
+    gradient,
+    meshes,
+    noise,
+    on_layouts,
+    prove,
+    take,
+)
 from tpformer import (
     AttentionConfig,
     Axis,
@@ -131,7 +142,7 @@ def reference(name: str) -> dict[str, Tensor]:
         y = F.scaled_dot_product_attention(q, k, v, mask_of(c), enable_gqa=True)
     y = F.linear(rearrange(y, "b h s k -> b s (h k)"), p["out.weight"], p.get("out.bias"))
     y.backward(dy)
-    return {"y": y, "dx": x.grad, **{n: q.grad for n, q in p.items()}}  # type: ignore[dict-item]
+    return {"y": y, "dx": gradient(x), **{n: gradient(q) for n, q in p.items()}}
 
 
 @pytest.mark.parametrize("name", CASES)

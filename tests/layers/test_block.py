@@ -76,6 +76,12 @@ def fill(layer: nn.Module, mesh: Mesh) -> None:
     load_full_state(layer, {name: noise(name, *s) / (s[-1] ** 0.5 if len(s) > 1 else 1) for name, s in shapes.items()})
 
 
+def gradient(x: Tensor) -> Tensor:
+    """The gradient that backward must have left."""
+    assert x.grad is not None
+    return x.grad
+
+
 def evaluate(
     layer: nn.Module,
     x: Tensor,
@@ -92,10 +98,9 @@ def evaluate(
     y = (forward or layer)(part)
     y.backward(cotangent)
     assert torch.equal(cotangent, before), "the incoming gradient was written to"
-    assert part.grad is not None
     reduce_partial_gradients(layer)
     gradients = {name: full_gradient(layer, name) for name, p in layer.named_parameters() if p.requires_grad}
-    return {"y": whole(y.detach(), kinds[1], mesh), "dx": whole(part.grad, kinds[0], mesh), **gradients}
+    return {"y": whole(y.detach(), kinds[1], mesh), "dx": whole(gradient(part), kinds[0], mesh), **gradients}
 
 
 def on_layouts(case: Callable[[Mesh, torch.dtype], dict[str, Tensor]]) -> Results:
@@ -176,8 +181,7 @@ def reference(kind: str) -> dict[str, Tensor]:
         inner = F.gelu(F.linear(inner, p["mlp.up.weight"], p["mlp.up.bias"]))
     y = h + F.linear(inner, p["mlp.down.weight"], p.get("mlp.down.bias"))
     y.backward(noise("dy", B, S, D))
-    gradients = {name: parameter.grad for name, parameter in p.items()}
-    return {"y": y, "dx": x.grad, **gradients}  # type: ignore[dict-item]
+    return {"y": y, "dx": gradient(x), **{name: gradient(parameter) for name, parameter in p.items()}}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt"])
@@ -196,7 +200,9 @@ def run_with_dropout(kind: str, name: str) -> Results:
 
 def test_dropout_inside_a_block_is_the_same_at_any_layout(ranks: Ranks) -> None:
     results = run_with_dropout("llama", "step 1")["tp 1 float64"]
-    prove(ranks, run_with_dropout, {name: torch.from_numpy(value) for name, value in results.items()}, "llama", "step 1")
+    prove(
+        ranks, run_with_dropout, {name: torch.from_numpy(value) for name, value in results.items()}, "llama", "step 1"
+    )
     for other in (reference("llama"), run_with_dropout("llama", "step 2")["tp 1 float64"]):
         assert difference(results["y"], torch.as_tensor(other["y"])) > 0.1
 

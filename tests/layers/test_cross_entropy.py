@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, meshes, noise, on_layouts, prove, take, whole
+from tests.layers.test_block import Results, gradient, meshes, noise, on_layouts, prove, take, whole
 from tpformer import Axis, Mesh, trace_communication, vocab_parallel_cross_entropy
 
 B, S, V = 2, 5, 128
@@ -70,8 +70,7 @@ def run(name: str) -> Results:
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
         loss = vocab_parallel_cross_entropy(x, targets, mesh, **options(case))
         (loss * UPSTREAM).backward()
-        assert leaf.grad is not None
-        return {"loss": loss.detach(), "dlogits": whole(leaf.grad, "features", mesh)}
+        return {"loss": loss.detach(), "dlogits": whole(gradient(leaf), "features", mesh)}
 
     return on_layouts(on)
 
@@ -87,8 +86,7 @@ def reference(case: dict[str, Any]) -> dict[str, Tensor]:
     loss = F.cross_entropy(real, flat, ignore_index=ignore, label_smoothing=case.get("label_smoothing", 0.0))
     loss = loss + case.get("z_loss", 0.0) * real[flat != ignore].logsumexp(-1).square().mean()
     (loss * UPSTREAM).backward()
-    assert logits.grad is not None
-    return {"loss": loss, "dlogits": logits.grad}
+    return {"loss": loss, "dlogits": gradient(logits)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,8 +101,7 @@ def run_low_precision(dtype: torch.dtype) -> list[tuple[str, Any, Any]]:
         x = take(logits, "features", mesh).to(dtype).contiguous().requires_grad_()
         loss = vocab_parallel_cross_entropy(x, targets, mesh, **options(CASES["everything"]))
         loss.backward()
-        assert x.grad is not None
-        gathered = whole(x.grad.double(), "features", mesh)
+        gathered = whole(gradient(x).double(), "features", mesh)
         results.append((str(loss.dtype), loss.item(), gathered.numpy()))
     return results
 
@@ -118,12 +115,11 @@ def test_low_precision_logits_lose_nothing_but_their_own_rounding(
     x = logits.to(dtype).double().requires_grad_()
     loss = vocab_parallel_cross_entropy(x, targets, **options(case))  # proven above, in fp64
     loss.backward()
-    assert x.grad is not None
     for results in [run_low_precision(dtype), *ranks(run_low_precision, 4, dtype)]:
-        for kind, value, gradient in results:
+        for kind, value, dlogits in results:
             assert kind == "torch.float32"
             assert abs(value / loss.item() - 1) < 1e-6
-            torch.testing.assert_close(torch.from_numpy(gradient), x.grad, rtol=rounding, atol=1e-7)
+            torch.testing.assert_close(torch.from_numpy(dlogits), gradient(x), rtol=rounding, atol=1e-7)
 
 
 def run_counts() -> list[tuple[Any, ...]]:

@@ -77,7 +77,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, tuple | list) else [result]
-        self.numel = max([self.numel, *(t.untyped_storage().nbytes() // 8 for t in made if isinstance(t, torch.Tensor))])
+        self.numel = max(
+            [self.numel, *(t.untyped_storage().nbytes() // 8 for t in made if isinstance(t, torch.Tensor))]
+        )
         return result
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, evaluate, fill, meshes, noise, on_layouts, prove, take
+from tests.layers.test_block import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
 from tpformer import Axis, ColumnParallelLinear, Mesh, RowParallelLinear, trace_communication
 
 D, F = 12, 16
@@ -98,7 +98,7 @@ def reference(case: Case) -> dict[str, Tensor]:
     if case.interleave > 1:  # output i has the rows i, i + interleave, ...
         y = torch.stack([y[..., i :: case.interleave] for i in range(case.interleave)], dim=-2)
     y.backward(dy)
-    return {"y": y, "dx": x.grad, **{name: p.grad for name, p in linear.named_parameters()}}  # type: ignore[dict-item]
+    return {"y": y, "dx": gradient(x), **{name: gradient(p) for name, p in linear.named_parameters()}}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -160,15 +160,16 @@ def run_without_gradient() -> dict[str, float]:
         for name in ("column", "row", "column interleaved"):
             case = CASES[name]
             x, dy = (take(t, part, mesh).detach() for t, part in zip(case.tensors(), case.parts, strict=True))
-            gradients = []
+            gradients = {}
             for frozen in ("", "weight", "input"):
                 layer = case.build(mesh, torch.float64)
                 layer.weight.requires_grad_(frozen != "weight")
                 x = x.detach().requires_grad_(frozen != "input")
                 forward_of(layer)(x).backward(dy)
-                gradients.append((x.grad, layer.weight.grad))
-            (dx, dweight), (other_dx, _), (_, other_dweight) = gradients
-            errors[f"{name}, {layout}"] = max(float((dx - other_dx).abs().max()), float((dweight - other_dweight).abs().max()))
+                gradients[frozen] = {"x": x.grad, "W": layer.weight.grad}
+            dx = gradients[""]["x"] - gradients["weight"]["x"]  # type: ignore[operator]
+            dweight = gradients[""]["W"] - gradients["input"]["W"]  # type: ignore[operator]
+            errors[f"{name}, {layout}"] = max(dx.abs().max().item(), dweight.abs().max().item())
     return errors
 
 

@@ -15,6 +15,7 @@ from tests.layers.test_block import (
     difference,
     evaluate,
     fill,
+    gradient,
     meshes,
     noise,
     on_layouts,
@@ -31,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-CASES = {
+CASES: dict[str, tuple[type[MLP] | type[GatedMLP], str, bool]] = {
     "relu": (MLP, "relu", True),
     "gelu": (MLP, "gelu", True),
     "gelu_tanh": (MLP, "gelu_tanh", True),
@@ -45,8 +46,8 @@ CASES = {
 
 def build(name: str, mesh: Mesh, dtype: torch.dtype) -> MLP | GatedMLP:
     kind, activation, bias = CASES[name]
-    mlp: MLP | GatedMLP = kind(D, FFN, activation, bias, mesh=mesh).to(dtype)
-    fill(mlp, mesh)
+    mlp = kind(D, FFN, activation, bias, mesh=mesh)
+    fill(mlp.to(dtype), mesh)
     return mlp
 
 
@@ -68,7 +69,7 @@ def reference(name: str) -> dict[str, Tensor]:
     hidden = act(hidden[..., 0::2]) * hidden[..., 1::2] if kind is GatedMLP else act(hidden)
     y = F.linear(hidden, p["down.weight"], p.get("down.bias"))
     y.backward(noise("dy", B, S, D))
-    return {"y": y, "dx": x.grad, **{n: q.grad for n, q in p.items()}}  # type: ignore[dict-item]
+    return {"y": y, "dx": gradient(x), **{n: gradient(q) for n, q in p.items()}}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,13 +83,12 @@ def of_transformers() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     config = LlamaConfig(hidden_size=D, intermediate_size=FFN, num_attention_heads=1, hidden_act="silu")
-    theirs = LlamaMLP(config).double()  # type: ignore[no-untyped-call]
+    theirs = LlamaMLP(config).double()
     fill(theirs, Mesh())
     x = noise("x", B, S, D).requires_grad_()
     y = theirs(x)
     y.backward(noise("dy", B, S, D))
-    assert x.grad is not None
-    return {"y": y.detach(), "dx": x.grad}, {name: q.detach() for name, q in theirs.named_parameters()}
+    return {"y": y.detach(), "dx": gradient(x)}, {name: q.detach() for name, q in theirs.named_parameters()}
 
 
 def run_with_weights(weights: dict[str, Tensor]) -> Results:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, evaluate, fill, meshes, noise, on_layouts, prove, take
+from tests.layers.test_block import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
 from tpformer import LayerNorm, Mesh, RMSNorm, full_gradient, reduce_partial_gradients, trace_communication
 
 B, S, D = 2, 8, 7
@@ -35,8 +35,8 @@ def test_is_torch_s(ranks: Ranks, kind: str) -> None:
     x = noise("x", B, S, D).requires_grad_()
     y = norm(x)
     y.backward(noise("dy", B, S, D))
-    gradients = {name: p.grad for name, p in norm.named_parameters()}
-    prove(ranks, run, {"y": y, "dx": x.grad, **gradients}, kind)  # type: ignore[dict-item]
+    gradients = {name: gradient(p) for name, p in norm.named_parameters()}
+    prove(ranks, run, {"y": y, "dx": gradient(x), **gradients}, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,14 +17,22 @@ CASES: dict[str, tuple[int, float, dict[str, Any]]] = {  # head_dim, theta, tran
     "linear": (64, 1e4, {"rope_type": "linear", "factor": 4.0}),
     "Llama 3.1": (128, 5e5, {"rope_type": "llama3", **LLAMA3}),
     "Llama 3.2": (64, 5e5, {"rope_type": "llama3", **LLAMA3, "factor": 32.0}),
-    "llama3 of other bounds": (34, 1e3, {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 9.0}),
+    "llama3 of other bounds": (
+        34,
+        1e3,
+        {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 9.0},
+    ),
     "yarn": (128, 1e6, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
     "yarn, short context": (16, 1e4, {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64}),
     "yarn of other ramps": (
         *(80, 1e5),
         {
-            "rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 2048,
-            "beta_fast": 20.0, "beta_slow": 3.0, "attention_factor": 1.3,
+            "rope_type": "yarn",
+            "factor": 2.5,
+            "original_max_position_embeddings": 2048,
+            "beta_fast": 20.0,
+            "beta_slow": 3.0,
+            "attention_factor": 1.3,
         },
     ),
     "yarn of factor 1": (32, 1e4, {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096}),
@@ -63,7 +71,7 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(name: str) -
 @pytest.mark.parametrize("name", ["none", *CASES])
 def test_table_and_rotation_are_those_of_transformers(name: str) -> None:
     head_dim, theta, parameters = CASES.get(name, (32, 1e4, {"rope_type": "default"}))
-    embedding = LlamaRotaryEmbedding(theirs(head_dim, theta, parameters))  # type: ignore[no-untyped-call]
+    embedding = LlamaRotaryEmbedding(theirs(head_dim, theta, parameters))
     expected_cos, expected_sin = embedding(torch.zeros(1), torch.arange(19).unsqueeze(0))  # (1, s, k)
     cos, sin = rope_table(19, head_dim, theta, ours(parameters) if name in CASES else RopeScaling(), torch.zeros(1))
     for table, expected in ((cos, expected_cos), (sin, expected_sin)):

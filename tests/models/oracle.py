@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import tpformer
-from tests.proofs.cases import Layout, Measured, build, measure_model, random_batch
+from tests.proofs.cases import Config, Layout, Measured, build, measure_model, random_batch
 from tpformer import GPTConfig, LlamaConfig, Mesh
 
 State = dict[str, Tensor]
@@ -71,7 +71,8 @@ def gpt_state(theirs: State, config: GPTConfig) -> State:
                 x = theirs[f"transformer.h.{layer}.{theirs_name}.{kind}"]
                 x = x.T if x.dim() == 2 else x
                 if our_name == "attention.qkv":
-                    x = fuse_qkv(*x.chunk(3), config.num_heads, config.hidden_size // config.num_heads)
+                    q, k, v = x.chunk(3)
+                    x = fuse_qkv(q, k, v, config.num_heads, config.hidden_size // config.num_heads)
                 ours[f"blocks.{layer}.{our_name}.{kind}"] = x
     return ours
 
@@ -121,7 +122,7 @@ def arrays(state: State) -> Arrays:
     return {name: np.ascontiguousarray(x.detach().numpy()) for name, x in state.items()}
 
 
-def measure_ours(config: GPTConfig | LlamaConfig, state: Arrays, layout: Layout | None = None) -> Measured:
+def measure_ours(config: Config, state: Arrays, layout: Layout | None = None) -> Measured:
     """On a rank, or without a layout on one process: our model with the oracle's weights."""
     model = build(config, layout.mesh() if layout else Mesh())
     model.to(torch.from_numpy(state["norm.weight"]).dtype)

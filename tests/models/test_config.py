@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tpformer
 from tests.distributed import Ranks
-from tests.proofs.cases import VARIANTS, Layout, build, gpt, llama
+from tests.proofs.cases import VARIANTS, Config, Layout, build, gpt, llama
 from tpformer import GPT, GPTConfig, Key, Llama, LlamaConfig, Mesh
 
 
@@ -40,17 +40,31 @@ def test_published_sizes() -> None:
     """The defaults are GPT-2 small and Llama 1/2 7B; Llama 3 8B, Mistral 7B, Qwen2 0.5B and Qwen3 0.6B as published."""
     assert GPTConfig().num_parameters() == 124_439_808
     assert LlamaConfig().num_parameters() == 6_738_415_616
-    wide = dict(num_kv_heads=8, ffn_hidden_size=14336)
+    wide = {"num_kv_heads": 8, "ffn_hidden_size": 14336}
     assert LlamaConfig(vocab_size=128256, **wide).num_parameters() == 8_030_261_248  # type: ignore[arg-type]
     assert LlamaConfig(**wide).num_parameters() == 7_241_732_096  # type: ignore[arg-type]
-    small = dict(vocab_size=151936, tie_embeddings=True)
-    qwen2 = dict(hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, ffn_hidden_size=4864, qkv_bias=True)
+    small = {"vocab_size": 151936, "tie_embeddings": True}
+    qwen2 = {
+        "hidden_size": 896,
+        "num_layers": 24,
+        "num_heads": 14,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 4864,
+        "qkv_bias": True,
+    }
     assert LlamaConfig(**(small | qwen2)).num_parameters() == 494_032_768  # type: ignore[arg-type]
-    qwen3 = dict(hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, ffn_hidden_size=3072)
+    qwen3 = {
+        "hidden_size": 1024,
+        "num_layers": 28,
+        "num_heads": 16,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "ffn_hidden_size": 3072,
+    }
     assert LlamaConfig(**(small | qwen3), qk_norm=True).num_parameters() == 596_049_920  # type: ignore[arg-type]
 
 
-FLOPS: dict[str, GPTConfig | LlamaConfig] = {
+FLOPS: dict[str, Config] = {
     "gpt": gpt(vocab_size=128),
     "gpt-untied-narrow": gpt(vocab_size=128, tie_embeddings=False, ffn_hidden_size=40),
     "llama-kv2": llama(vocab_size=128, num_kv_heads=2),
@@ -114,7 +128,7 @@ def test_sizes_that_do_not_fit_are_refused_with_their_numbers(name: str) -> None
         make()
 
 
-def at_tp_4(config: GPTConfig | LlamaConfig) -> str:
+def at_tp_4(config: Config) -> str:
     """On a rank of four: what building the model, or one forward with sequence parallelism, is refused with."""
     try:
         model = build(config, Mesh.create(tp=4, sequence_parallel=True, device="cpu"))
@@ -137,8 +151,6 @@ def at_tp_4(config: GPTConfig | LlamaConfig) -> str:
     ],
     ids=lambda x: re.sub(r"\W+", " ", x) if isinstance(x, str) else "",
 )
-def test_what_the_mesh_cannot_split_is_refused_on_every_rank(
-    config: GPTConfig | LlamaConfig, text: str, ranks: Ranks
-) -> None:
+def test_what_the_mesh_cannot_split_is_refused_on_every_rank(config: Config, text: str, ranks: Ranks) -> None:
     for message in ranks(at_tp_4, 4, config):
         assert re.search(text, message), message

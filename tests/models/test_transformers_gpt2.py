@@ -22,17 +22,17 @@ CASES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
 def oracle(case: str) -> Any:
     """Transformers' GPT-2 for a case, with random weights and without dropout."""
     ours, options = CASES[case]
-    sizes = dict(
-        vocab_size=ours.vocab_size,
-        n_embd=ours.hidden_size,
-        n_layer=ours.num_layers,
-        n_head=ours.num_heads,
-        n_positions=ours.max_seq_len,
-        tie_word_embeddings=ours.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    sizes = {
+        "vocab_size": ours.vocab_size,
+        "n_embd": ours.hidden_size,
+        "n_layer": ours.num_layers,
+        "n_head": ours.num_heads,
+        "n_positions": ours.max_seq_len,
+        "tie_word_embeddings": ours.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(**(sizes | dropout | options), attn_implementation="sdpa")
     model = transformers.GPT2LMHeadModel(config)
     randomise(model)

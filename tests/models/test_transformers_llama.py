@@ -17,9 +17,9 @@ from tests.models.oracle import Arrays, arrays, in_double, llama_state, measure_
 from tests.proofs.cases import TOLERANCE, Layout, Measured, llama, mismatches
 from tpformer import LlamaConfig, RopeScaling
 
-LLAMA3 = dict(rope_type="llama3", factor=4.0, original_max_position_embeddings=64)
-LLAMA3 |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 THETA = 100.0  # so that the four frequencies of a head lie in all three regions of llama3 and yarn
 # our config, their family, and their options that ours do not tell
 CASES: dict[str, tuple[LlamaConfig, str, dict[str, Any]]] = {
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[LlamaConfig, str, dict[str, Any]]] = {
     "llama-kv1-linear": (
         llama(num_kv_heads=1, rope_scaling=RopeScaling("linear", 2.5)),
         "Llama",
-        {"rope_parameters": dict(rope_type="linear", factor=2.5)},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.5}},
     ),
     "llama-kv2-llama3": (
         llama(num_kv_heads=2, rope_theta=THETA, rope_scaling=RopeScaling("llama3", 4.0, 64)),
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[LlamaConfig, str, dict[str, Any]]] = {
     "llama-yarn-factor": (
         llama(rope_theta=THETA, rope_scaling=RopeScaling("yarn", 4.0, 64, attention_factor=0.7)),
         "Llama",
-        {"rope_parameters": YARN | dict(attention_factor=0.7)},
+        {"rope_parameters": YARN | {"attention_factor": 0.7}},
     ),
     "llama-gelu-tanh": (llama(activation="gelu_tanh", norm_eps=1e-2), "Llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "mistral": (llama(num_kv_heads=2, sliding_window=3), "Mistral", {"sliding_window": 3}),
@@ -60,21 +60,21 @@ def oracle(case: str, attention: str) -> Any:
     """Transformers' model for a case, with random weights."""
     ours, family, options = CASES[case]
     rope = {"rope_type": "default"} | options.get("rope_parameters", {})
-    sizes = dict(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.ffn_hidden_size,
-        num_hidden_layers=ours.num_layers,
-        num_attention_heads=ours.num_heads,
-        num_key_value_heads=ours.kv_heads,
-        head_dim=ours.attention.head_dim,
-        tie_word_embeddings=ours.tie_embeddings,
-        rms_norm_eps=ours.norm_eps,
-        max_position_embeddings=256 if "factor" in rope else ours.max_seq_len,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation=attention,
-    )
+    sizes = {
+        "vocab_size": ours.vocab_size,
+        "hidden_size": ours.hidden_size,
+        "intermediate_size": ours.ffn_hidden_size,
+        "num_hidden_layers": ours.num_layers,
+        "num_attention_heads": ours.num_heads,
+        "num_key_value_heads": ours.kv_heads,
+        "head_dim": ours.attention.head_dim,
+        "tie_word_embeddings": ours.tie_embeddings,
+        "rms_norm_eps": ours.norm_eps,
+        "max_position_embeddings": 256 if "factor" in rope else ours.max_seq_len,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": attention,
+    }
     options = options | {"rope_parameters": rope | {"rope_theta": ours.rope_theta}}
     config = getattr(transformers, f"{family}Config")(**(sizes | options))
     model = getattr(transformers, f"{family}ForCausalLM")(config)
@@ -97,9 +97,11 @@ def reference(case: str, dtype: torch.dtype) -> tuple[Measured, Arrays]:
 )
 def test_logits_loss_and_gradients_are_transformers(case: str, dtype: torch.dtype, tp: int, ranks: Ranks) -> None:
     expected, weights = reference(case, dtype)
-    results = ranks(measure_ours, tp, CASES[case][0], weights, Layout(tp)) if tp > 1 else [
-        measure_ours(CASES[case][0], weights)
-    ]
+    results = (
+        ranks(measure_ours, tp, CASES[case][0], weights, Layout(tp))
+        if tp > 1
+        else [measure_ours(CASES[case][0], weights)]
+    )
     for found in results:
         assert mismatches(expected, found, TOLERANCE[dtype]) == []
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.distributed import Ranks
-from tests.proofs.cases import LAYOUTS, Layout, build, gpt, llama
-from tpformer import GPTConfig, LlamaConfig, Mesh
+from tests.proofs.cases import LAYOUTS, Config, Layout, build, gpt, llama
+from tpformer import Mesh
 
-MODELS = {
+MODELS: dict[str, Config] = {
     "gpt": gpt(init_std=1e-5),
     "gpt-untied-129": gpt(init_std=1e-5, vocab_size=129, tie_embeddings=False),
     "llama-tied": llama(init_std=1e-5, tie_embeddings=True),
@@ -18,7 +18,7 @@ MODELS = {
 }
 
 
-def loss(config: GPTConfig | LlamaConfig, mesh: Mesh) -> float:
+def loss(config: Config, mesh: Mesh) -> float:
     """Of random tokens and targets."""
     model = build(config, mesh).double()
     tokens, targets = torch.randint(config.vocab_size, (2, 2, 8), generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import tpformer
 from tpformer import GPT, GPTConfig, Key, Llama, LlamaConfig, Mesh, RopeScaling
 
+Config = GPTConfig | LlamaConfig
 Measured = dict[str, np.ndarray]
 """The loss, the logits, and the gradient of every parameter by name (plain arrays: they cross a pipe)."""
 
@@ -45,17 +46,24 @@ RUNS += [(layout, torch.float32) for layout in (Layout(2, 1, True), Layout(4), L
 
 def gpt(**options: object) -> GPTConfig:
     """A tiny GPT, with everything that the options leave open."""
-    sizes = dict(vocab_size=101, hidden_size=32, num_layers=2, num_heads=4, max_seq_len=12)
+    sizes = {"vocab_size": 101, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 12}
     return GPTConfig(**(sizes | options))  # type: ignore[arg-type]
 
 
 def llama(**options: object) -> LlamaConfig:
     """A tiny Llama, with everything that the options leave open."""
-    sizes = dict(vocab_size=101, hidden_size=32, num_layers=2, num_heads=4, ffn_hidden_size=40, max_seq_len=16)
+    sizes = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "ffn_hidden_size": 40,
+        "max_seq_len": 16,
+    }
     return LlamaConfig(**(sizes | options))  # type: ignore[arg-type]
 
 
-VARIANTS: dict[str, GPTConfig | LlamaConfig] = {
+VARIANTS: dict[str, Config] = {
     "gpt-tied": gpt(),
     "gpt-untied-257-relu": gpt(tie_embeddings=False, vocab_size=257, activation="relu", ffn_hidden_size=40),
     "llama-heads-untied": llama(),
@@ -72,12 +80,12 @@ VARIANTS: dict[str, GPTConfig | LlamaConfig] = {
 """Grouped queries with KV heads above, equal to and below tp 2 and 4; 101 and 257 tokens divide by neither."""
 
 
-def build(config: GPTConfig | LlamaConfig, mesh: Mesh = Mesh(), seed: int = 0) -> GPT | Llama:
+def build(config: Config, mesh: Mesh = Mesh(), seed: int = 0) -> GPT | Llama:
     """The model of a config."""
     return GPT(config, mesh, seed=seed) if isinstance(config, GPTConfig) else Llama(config, mesh, seed=seed)
 
 
-def build_random(config: GPTConfig | LlamaConfig, mesh: Mesh, dtype: torch.dtype) -> GPT | Llama:
+def build_random(config: Config, mesh: Mesh, dtype: torch.dtype) -> GPT | Llama:
     """The model with weights in which no number is special: no norm is 1, no bias 0, on any layout the same."""
     model = build(config, mesh).to(dtype)
     generator = torch.Generator().manual_seed(1)

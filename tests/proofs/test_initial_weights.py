@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 import tpformer
 import tpformer.layers.init
 from tests.distributed import Ranks
-from tests.proofs.cases import LAYOUTS, VARIANTS, Layout, build, gpt, llama
+from tests.proofs.cases import LAYOUTS, VARIANTS, Config, Layout, build, gpt, llama
 from tpformer import Mesh
 
-WIDE = {
+WIDE: dict[str, Config] = {
     "gpt": gpt(hidden_size=64, ffn_hidden_size=64, tie_embeddings=False),
     "llama": llama(hidden_size=64, ffn_hidden_size=64),
     "llama-kv-copies": llama(hidden_size=64, ffn_hidden_size=64, num_kv_heads=2, tie_embeddings=True),

@@ -13,13 +13,13 @@ import torch
 
 import tpformer
 from tests.distributed import Ranks
-from tests.proofs.cases import LAYOUTS, TOLERANCE, Layout, Measured, build_random, gpt, llama, mismatches
+from tests.proofs.cases import RUNS, TOLERANCE, Config, Layout, Measured, build_random, gpt, llama, mismatches
 from tpformer import Key, Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
 from tpformer.train.step import train_step
 
-MODELS = {
+MODELS: dict[str, Config] = {
     "gpt-tied-dropout": gpt(dropout=0.1, attention_dropout=0.1),
     "llama-kv1-bias-tied": llama(num_kv_heads=1, qkv_bias=True, out_bias=True, tie_embeddings=True),
     "qwen3-kv2-untied": llama(num_kv_heads=2, qk_norm=True, head_dim=12),
@@ -57,8 +57,7 @@ def reference(name: str, dtype: torch.dtype) -> Measured:
     return train(name, Mesh(), dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), RUNS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_three_steps_end_in_the_weights_of_one_process(
     name: str, layout: Layout, dtype: torch.dtype, ranks: Ranks

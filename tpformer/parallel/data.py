@@ -1,5 +1,6 @@
 """Data parallelism: gradients accumulate in fp32 buckets, which are summed over dp while backward still runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,8 +78,8 @@ class GradientBuckets:
             self._bucket_of[name] = len(self._buckets)
         self._buckets.append(_Bucket(buffer, missing=len(named)))
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
-        def accumulate(parameter: nn.Parameter) -> None:
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def accumulate(parameter: Tensor) -> None:
             assert parameter.grad is not None
             if name in self._fresh:
                 self._fresh.remove(name)

@@ -132,7 +132,7 @@ class Optimizer:
         if self.config.clip_norm and norm > self.config.clip_norm:
             torch._foreach_mul_(list(gradients.values()), self.config.clip_norm / norm)
         for name, master in self.masters.items():
-            master.grad = gradients[name]
+            master.grad = gradients.get(name)  # none: frozen
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()

@@ -1,0 +1,191 @@
+"""A writer killed at any moment leaves the former checkpoint: whole, the latest, and with everything in it.
+
+Killed before each single line that the store executes, which is each moment between two calls to the system; and
+killed by SIGKILL at random moments, which are mostly within them.
+"""
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint.cases import tiny
+from tests.distributed import Ranks
+from tpformer import Mesh
+from tpformer.checkpoint import store
+from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+
+
+def save_step(directory: Path, step: int, keep: int = 0) -> None:
+    """As the trainer does: save, and let go of old ones."""
+    tensors, known = tiny(step)
+    save_checkpoint(directory, step, tensors, known, {}, Mesh())
+    if keep:
+        prune_checkpoints(directory, keep)
+
+
+def latest_step(directory: Path) -> int:
+    """The step of the latest checkpoint, which must load and hold that step's numbers; 0 if there is none."""
+    path = latest_checkpoint(directory)
+    if path is None:
+        return 0
+    tensors, known = tiny(0)
+    step = load_checkpoint(path, tensors, known, Mesh())["step"]
+    assert tensors["weight/w"].tolist() == [float(step)] * 64, f"{path} is of step {step}"
+    return step
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Start a process of its own that runs the action, and return its id; it ends with 0 if the action does."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def exit_code(child: int) -> int:
+    """Wait for a child's end."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_before_line(number: int, action: Callable[[], None]) -> bool:
+    """Run the action in a child that is gone before the store's line number `number`; did it come that far?"""
+    lines = itertools.count()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != store.__file__:
+            return None
+        if event == "line" and next(lines) == number:
+            os._exit(77)
+        return trace
+
+    def traced() -> None:
+        sys.settrace(trace)
+        action()
+        sys.settrace(None)
+
+    code = exit_code(in_child(traced))
+    assert code in (0, 77)
+    return code == 77
+
+
+# the steps that are there, and those that the killed writer saves or keeps: each a way through the store's code
+SCENES = {"the first": ((), 5, 0), "one more": ((3, 4), 5, 0), "one more of two": ((1, 2, 3, 4), 5, 2)}
+
+
+def kill_at_every_line(directory: Path, before: tuple[int, ...], step: int, keep: int) -> tuple[list[int], list[int]]:
+    """On a rank: the latest step after a kill before each line; and after the next writer's save on top of that."""
+    former = max(before, default=0)
+    found, then = [], []
+    template = directory / "template"
+    template.mkdir()
+    for earlier in before:
+        save_step(template, earlier)
+    for number in itertools.count():
+        scene = directory / str(number)
+        shutil.copytree(template, scene)
+        if not killed_before_line(number, lambda scene=scene: save_step(scene, step, keep)):  # type: ignore[misc]
+            break
+        found.append(latest_step(scene))
+        save_step(scene, step + 1, keep=1)
+        then.append(latest_step(scene))
+        assert [p.name for p in scene.iterdir()] == [f"step_{step + 1:08d}"], "leftovers are cleared away"
+        shutil.rmtree(scene)
+    assert former not in then
+    return found, then
+
+
+@pytest.mark.parametrize(("before", "step", "keep"), SCENES.values(), ids=SCENES)
+def test_killed_before_any_line_the_former_or_the_new_one_is_whole(
+    before: tuple[int, ...], step: int, keep: int, tmp_path: Path, ranks: Ranks
+) -> None:
+    ((found, then),) = ranks(kill_at_every_line, 1, tmp_path, before, step, keep)
+    former = max(before, default=0)
+    assert len(found) > 40
+    assert found == sorted(found), "once the new one is there, it stays"
+    assert set(found) == {former, step}
+    assert found.count(former) > 30, "most of it comes before the new one is published"
+    assert set(then) == {step + 1}
+
+
+def kill_saving_again(directory: Path) -> list[float]:
+    """On a rank: what the one checkpoint holds, 4 or 40, after a kill before each line of saving it again."""
+    tensors, known = tiny(4)
+    found = []
+    for number in itertools.count():
+        scene = directory / str(number)
+        save_checkpoint(scene, 4, tensors, known, {}, Mesh())
+
+        def again(scene: Path = scene) -> None:
+            save_checkpoint(scene, 4, {"weight/w": torch.full((64,), 40.0)}, known, {}, Mesh())
+
+        if not killed_before_line(number, again):
+            break
+        path = latest_checkpoint(scene)
+        assert path is not None, f"killed before line {number}: no checkpoint is left"
+        loaded = {"weight/w": torch.empty(64)}
+        assert load_checkpoint(path, loaded, known, Mesh())["step"] == 4
+        (value,) = loaded["weight/w"].unique().tolist()
+        found.append(value)
+        save_step(scene, 5, keep=1)
+        assert [p.name for p in scene.iterdir()] == ["step_00000005"]
+    return found
+
+
+def test_killed_while_saving_the_only_step_again_one_of_the_two_is_whole(tmp_path: Path, ranks: Ranks) -> None:
+    (found,) = ranks(kill_saving_again, 1, tmp_path)
+    assert found == sorted(found)
+    assert set(found) == {4.0, 40.0}
+
+
+def kill_at_random(directory: Path, kills: int) -> list[tuple[int, int, list[str]]]:
+    """On a rank: after each kill of a process that saves without end, the last step that it said was saved, the
+    latest step that is there, and what else there is."""
+    moments = random.Random(0)
+    found = []
+    for _ in range(kills):
+        first = latest_step(directory) + 1
+        heard, said = os.pipe()
+
+        def work(first: int = first, said: int = said) -> None:
+            for step in itertools.count(first):
+                save_step(directory, step, keep=2)
+                os.write(said, step.to_bytes(8, "little"))
+
+        child = in_child(work)
+        os.close(said)
+        os.read(heard, 8)  # it is under way
+        time.sleep(moments.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert exit_code(child) == -signal.SIGKILL
+        os.set_blocking(heard, False)
+        rest = os.read(heard, 1 << 20) if latest_step(directory) > first else b""
+        os.close(heard)
+        confirmed = int.from_bytes(rest[-8:], "little") if rest else first
+        found.append((confirmed, latest_step(directory), sorted(p.name for p in directory.glob(".*"))))
+    return found
+
+
+def test_killed_at_random_moments_what_was_saved_is_there(tmp_path: Path, ranks: Ranks) -> None:
+    """The latest is the last whose saving had ended, or the one after it."""
+    (found,) = ranks(kill_at_random, 1, tmp_path, 20)
+    assert len(found) == 20
+    for confirmed, latest, _ in found:
+        assert confirmed <= latest <= confirmed + 1
+    assert any(leftovers for *_, leftovers in found), "no kill came while something was being written"
+    assert found[-1][0] > found[0][0]
