@@ -31,13 +31,13 @@ def main(arguments: list[str]) -> int:
         corpus = together(lambda: load_corpus(config.data, config.model.vocab_size, progress=chief(world)), world)
         directory = run_directory(config, world)
         trainer = together(lambda: Trainer(config, mesh, corpus, directory), world)
+        together(lambda: begin(trainer), world)
     except SystemExit as stop:  # help, or flags of which tyro has already said what is wrong
         return int(stop.code or 0)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         complain(error, world)
         raise_together(None, world.world)  # nobody leaves, and has torchrun end the others, before this is printed
         return 2
-    together(lambda: begin(trainer), world)
     try:
         report = trainer.run()
     except (FloatingPointError, OSError) as error:  # a loss that is not finite, a full disk: raised on every rank
@@ -65,7 +65,7 @@ def together(action: Any, world: Mesh) -> Any:
     result, problem = None, None
     try:
         result = action()
-    except (ValueError, OSError, SystemExit) as error:
+    except (ValueError, OSError, ImportError, SystemExit) as error:
         problem = error
     raise_together(problem, world.world)
     return result

@@ -91,6 +91,8 @@ def _work(pipe: Connection) -> None:
             module = modules.setdefault(path, _load(path))
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             answer = True, getattr(module, name)(*args)
+            if dist.is_initialized():  # a peer may still be connecting
+                dist.barrier()
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send(answer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import meshes, noise
+from tests.layers.prove import meshes, noise
 from tpformer import Axis, Mesh, trace_communication
 from tpformer.collectives import (
     all_reduce_,
@@ -17,6 +17,7 @@ from tpformer.collectives import (
     gather_features,
     gather_stack,
     leave_parallel,
+    raise_together,
     split_features,
     split_sequence,
     start_all_reduce,
@@ -205,3 +206,54 @@ def test_what_does_not_divide_is_named(call: Callable[[Tensor, Mesh], Tensor], m
     mesh = Mesh(tp=Axis("tp", 4), sequence_parallel=True)  # refused before any communication
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 10, 6), mesh)
+
+
+ERRORS: dict[str, dict[int, BaseException]] = {
+    "none": {},
+    "file": {2: FileNotFoundError("no disk ä")},
+    "value": {0: ValueError("wrong")},
+    "key": {3: KeyError("x")},
+    "two": {1: ValueError("first"), 3: OSError("second")},
+    "silent": {1: ValueError()},
+    "long": {1: ValueError("ä" * 5000)},
+}
+
+
+def run_errors(name: str) -> tuple[str, str]:
+    """What this rank raises, if each rank brings the error that it has."""
+    mesh = Mesh.create(tp=4)
+    try:
+        raise_together(ERRORS[name].get(mesh.tp.rank), mesh.tp)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("none", ("", "")),
+        ("file", ("OSError", "no disk ä")),
+        ("value", ("ValueError", "wrong")),
+        ("key", ("ValueError", "'x'")),
+        ("two", ("ValueError", "first")),
+        ("silent", ("ValueError", "")),
+        ("long", ("ValueError", "ä" * 2000)),
+    ],
+)
+def test_one_rank_s_error_is_raised_by_all(ranks: Ranks, name: str, others: tuple[str, str]) -> None:
+    for rank, (kind, text) in enumerate(ranks(run_errors, 4, name)):
+        own = ERRORS[name].get(rank)
+        if own is None:
+            assert kind == others[0]
+            assert text == others[1] or (text.startswith(others[1]) and name == "long")
+        else:
+            assert (kind, text) == (type(own).__name__, str(own))
+
+
+def test_alone_an_error_is_just_raised() -> None:
+    error = OSError("disk")
+    raise_together(None, Axis("tp"))
+    with pytest.raises(OSError, match="disk") as caught:
+        raise_together(error, Axis("tp"))
+    assert caught.value is error

@@ -111,6 +111,7 @@ def describe(tp: int, pp: int, dp: int | None) -> dict[str, tuple[int, int, list
     """Size, rank and members of each axis of this process."""
     mesh = Mesh.create(tp=tp, pp=pp, dp=dp)
     axes = {name: getattr(mesh, name) for name in ("pp", "dp", "tp", "world")}
+    dist.barrier()  # a rank that left at once would break the connections that its peers still make
     return {name: (axis.size, axis.rank, dist.get_process_group_ranks(axis.group)) for name, axis in axes.items()}
 
 
@@ -139,6 +140,7 @@ def test_a_launched_group_of_one(ranks: Ranks) -> None:
 
 
 def refuse() -> tuple[str, bool]:
+    dist.barrier()
     try:
         Mesh.create(tp=3)
     except ValueError as error:
@@ -154,6 +156,7 @@ def test_every_rank_refuses_degrees_that_do_not_fit(ranks: Ranks) -> None:
 
 def close() -> bool:
     mesh = Mesh.create(tp=2)
+    dist.barrier()
     mesh.close()
     mesh.close()  # again is no error
     return dist.is_initialized()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed import Ranks
-from tests.layers.test_block import meshes, noise
+from tests.layers.prove import meshes, noise
 from tpformer import (
     Axis,
     ColumnParallelLinear,

@@ -117,14 +117,19 @@ def gather_full(local: Tensor, placement: Placement, axis: Axis) -> Tensor:
     for piece, theirs, ours in placement.slices():
         if piece.copy == 0:
             whole[theirs] = local[ours]
-    all_reduce_(whole, axis)
-    differ = sum(not torch.equal(whole[theirs], local[ours]) for _, theirs, ours in placement.slices())
+    all_reduce_(_bits(whole), axis)  # one rank has the bits of an element, the others have zeros
+    differ = sum(not torch.equal(_bits(whole[theirs]), _bits(local[ours])) for _, theirs, ours in placement.slices())
     if all_reduce_(torch.tensor(float(differ), device=whole.device), axis).item():
         raise RuntimeError(
             "copies of this tensor differ between tensor-parallel ranks; if it is a gradient, "
             "call tpformer.reduce_partial_gradients(model) after backward"
         )
     return whole
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bytes of x, by which NaN equals itself and -0.0 is not 0.0; a view where x is contiguous."""
+    return x.contiguous().view(-1).view(torch.uint8)
 
 
 def full_parameter(model: nn.Module, name: str) -> Tensor:
@@ -181,7 +186,7 @@ def sum_partial(tensors: dict[str, Tensor], known: dict[str, Placement], axis: A
                 end += axis.size // piece.copies * view.numel()
     if not slots:
         return
-    dtype = torch.promote_types(slots[0][0].dtype, torch.float32)
+    dtype = torch.float64 if any(view.dtype == torch.float64 for view, _ in slots) else torch.float32
     buffer = torch.zeros(end, dtype=dtype, device=slots[0][0].device)
     for view, slot in slots:
         buffer[slot] = view.flatten().to(dtype)

@@ -1,6 +1,7 @@
 """The ledger of communication: every collective of this process, whoever issued it.
 
-It listens below `torch.distributed`, at the c10d operators, so nothing that communicates can escape it.
+It listens below `torch.distributed`, at its operators (the functional ones and DTensor's too), so nothing that
+communicates can escape it.
 """
 
 import sys
@@ -8,33 +9,42 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# c10d operator -> the field's name for it, and which argument is the larger side: the payload
+# operator of torch.distributed's two families, less a trailing underscore -> the field's name for it
 _OPERATORS = {
-    "allreduce_": ("all_reduce", 0),
-    "allreduce_coalesced_": ("all_reduce", 0),
-    "_allgather_base_": ("all_gather", 0),
-    "allgather_": ("all_gather", 0),
-    "allgather_into_tensor_coalesced_": ("all_gather", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "reduce_scatter_": ("reduce_scatter", 1),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
-    "broadcast_": ("broadcast", 0),
-    "reduce_": ("reduce", 0),
-    "gather_": ("gather", 1),
-    "scatter_": ("scatter", 1),
-    "alltoall_": ("all_to_all", 0),
-    "alltoall_base_": ("all_to_all", 0),
-    "send": ("send", 0),
-    "recv_": ("recv", 0),
-    "recv_any_source_": ("recv", 0),
-    "barrier": ("barrier", 0),
+    "allreduce": "all_reduce",
+    "allreduce_coalesced": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_coalesced": "all_reduce",
+    "_allgather_base": "all_gather",
+    "allgather": "all_gather",
+    "allgather_into_tensor_coalesced": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "_reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "gather": "gather",
+    "scatter": "scatter",
+    "alltoall": "all_to_all",
+    "alltoall_base": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "send": "send",
+    "recv": "recv",
+    "recv_any_source": "recv",
+    "barrier": "barrier",
 }
+_NOT_COLLECTIVE = ("wait_tensor", "_wrap_tensor_autograd")
 
 
 @dataclass(frozen=True)
@@ -57,23 +67,28 @@ class Trace(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self._record(func._schema.name.split("::")[1], args)
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # DTensor goes first, and issues the collectives that it needs
+        operator = func._schema.name.split("::")[1]
+        if func.namespace in ("c10d", "_c10d_functional") and operator not in _NOT_COLLECTIVE:
+            self._record(f"{func.namespace}::{operator}", args)
         return func(*args, **(kwargs or {}))
 
     def _record(self, operator: str, args: Any) -> None:
-        if operator not in _OPERATORS:
-            raise RuntimeError(f"the trace does not know the collective c10d::{operator}")
-        op, payload = _OPERATORS[operator]
-        tensors = [] if op == "barrier" else list(_tensors(args[payload]))
-        in_backward = torch._C._current_graph_task_id() != -1
+        op = _OPERATORS.get(operator.split("::")[1].removesuffix("_"))
+        if op is None:
+            raise RuntimeError(f"the trace does not know the collective {operator}")
+        # in and out come first; the larger is the payload, but functional all-gathers show only what goes in
+        sides = [] if op == "barrier" else [list(_tensors(side)) for side in args[:2]]
+        tensors = max(sides, key=_bytes, default=[])
+        times = args[1] if op == "all_gather" and isinstance(args[1], int) else 1
         self.calls.append(
             Call(
                 op=op,
                 axis=_axis_name(args),
-                bytes=sum(t.numel() * t.element_size() for t in tensors),
+                bytes=times * _bytes(tensors),
                 dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "-",
-                phase="backward" if in_backward else "forward",
+                phase="backward" if torch._C._current_graph_task_id() != -1 else "forward",
                 site=_call_site(),
             )
         )
@@ -111,30 +126,38 @@ def trace_communication() -> Iterator[Trace]:
 
 
 def _tensors(argument: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an argument: itself, in a list, in lists of lists."""
     if isinstance(argument, torch.Tensor):
         yield argument
-    else:
+    elif isinstance(argument, list | tuple):
         for item in argument:
             yield from _tensors(item)
 
 
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def _axis_name(args: Any) -> str:
-    """The name of the mesh axis whose process group is among a c10d operator's arguments."""
+    """The name of the mesh axis whose process group, or the name of it, is among an operator's arguments."""
     for argument in args:
+        group = None
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             group = dist.ProcessGroup.unbox(argument)
-            # a DeviceMesh describes the group of its axis "tp" as "mesh_tp"
+        elif argument is args[-1] and isinstance(argument, str):  # the functional family
+            group = dist.distributed_c10d._resolve_process_group(argument)  # type: ignore[arg-type]
+        if group is not None:  # a DeviceMesh describes the group of its axis "tp" as "mesh_tp"
             return group.group_desc.removeprefix("mesh_").replace("default_pg", "world")
     return "?"
 
 
 def _call_site() -> str:
-    """file:line of the nearest caller outside torch and this library's plumbing."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
+    """file:line of the nearest caller outside torch, other packages and this library's plumbing."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")
         plumbing = path.endswith(("tpformer/trace.py", "tpformer/collectives.py"))
-        if not plumbing and "/torch/" not in path and "<" not in path:
+        if not plumbing and "/site-packages/" not in path and "/torch/" not in path and "<" not in path:
             return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -28,7 +28,8 @@ def cross_entropy_statistics(logits: Tensor, targets: Tensor, columns: int, with
         out[:, 2] = x.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1).where(target >= 0, 0.0)
         if with_sum:
             out[:, 3] = x.sum(dim=-1)
-        out[:, 1] = x.sub(top).exp_().sum(dim=-1)
+        # a row that is -inf throughout has no finite maximum to subtract
+        out[:, 1] = x.sub(top.clamp(min=torch.finfo(wide).min)).exp_().sum(dim=-1)
     return stats
 
 
@@ -39,7 +40,7 @@ def cross_entropy_gradient(
 
     lse (n): log of the sum over the whole vocabulary; weights = (a, b, c), each (n). Padding columns get 0.
     """
-    for rows in _chunks(logits):
+    for rows in _chunks(logits) if columns else ():
         x = logits[rows, :columns].to(lse.dtype)  # no copy in fp32 and fp64
         y = out[rows, :columns] if out.dtype == lse.dtype else x
         a, b, c = (w[rows].unsqueeze(1) for w in weights)

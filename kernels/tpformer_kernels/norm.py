@@ -24,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         normed = x * rstd  # (..., d), fp32 or fp64
         dy = dy.to(rstd.dtype)
-        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dweight = (dy * normed).reshape(-1, dy.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dnormed = dy * weight
         mean = torch.linalg.vecdot(dnormed, normed).unsqueeze(-1).div_(x.shape[-1])
         dx = dnormed.sub_(normed.mul_(mean)).mul_(rstd).to(x.dtype)

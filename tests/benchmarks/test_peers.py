@@ -91,9 +91,7 @@ def test_plain_is_hugging_faces_llama() -> None:
     torch.testing.assert_close(plain.loss(tokens, shifted), output.loss, atol=1e-5, rtol=1e-5)
 
 
-def worker(
-    rank: int, function: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...]
-) -> None:
+def worker(rank: int, function: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...]) -> None:
     """One rank of a gloo job."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -136,9 +134,7 @@ def tpformer_weights(model: PlainLlama) -> dict[str, Tensor]:
     full = {name: tensor for name, tensor in named.items() if name.split(".")[-2] not in fused}
     for index in range(CONFIG.num_layers):
         prefix = f"blocks.{index}"
-        q, k, v = (
-            rearrange(named[f"{prefix}.attention.{x}.weight"], "(h e) d -> h e d", e=16) for x in "qkv"
-        )
+        q, k, v = (rearrange(named[f"{prefix}.attention.{x}.weight"], "(h e) d -> h e d", e=16) for x in "qkv")
         gate, up = named[f"{prefix}.mlp.gate.weight"], named[f"{prefix}.mlp.up.weight"]
         full[f"{prefix}.attention.qkv.weight"] = torch.cat([q[0], q[1], k[0], v[0], q[2], q[3], k[1], v[1]])
         full[f"{prefix}.mlp.gate_up.weight"] = torch.stack((gate, up), dim=1).flatten(0, 1)

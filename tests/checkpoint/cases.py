@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.proofs.cases import Layout, build, gpt, llama
+from tests.proofs.cases import Config, Layout, build, gpt, llama
 from tpformer import Mesh
 from tpformer.checkpoint.store import load_checkpoint, save_checkpoint
 from tpformer.placement import Piece, Placement, load_full, placements, replicated, split
 
-MODELS = {
+MODELS: dict[str, Config] = {
     "llama-kv1-tied": llama(num_kv_heads=1, qkv_bias=True, out_bias=True, qk_norm=True, tie_embeddings=True),
     "gpt-untied": gpt(tie_embeddings=False),
 }
@@ -21,7 +21,10 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 def known_of(model: str, mesh: Mesh) -> dict[str, Placement]:
     """The placements of a model, and of what models do not have: a scalar, and 5 rows, 3 to a rank (some have none)."""
     known = placements(build(MODELS[model], mesh), mesh)
-    return known | {"scalar": replicated((), mesh.tp), "few.rows": split((5, 2), 0, mesh.tp, max(3, -(-5 // mesh.tp.size)))}
+    return known | {
+        "scalar": replicated((), mesh.tp),
+        "few.rows": split((5, 2), 0, mesh.tp, max(3, -(-5 // mesh.tp.size))),
+    }
 
 
 def local_shape(placement: Placement) -> tuple[int, ...]:

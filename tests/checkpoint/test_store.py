@@ -1,10 +1,12 @@
 """A checkpoint written at any layout is read at any other, bit for bit; each number is stored once, without pickle."""
 
 import json
+import os
 import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_there_is_no_pickle_in_it(saved: dict[str, list[Path]]) -> None:
                 assert file.suffix == ".safetensors"
                 assert 8 + length + max(ends) == len(content)
             assert not zipfile.is_zipfile(file)
-            with pytest.raises(Exception):  # noqa: B017, PT011
+            with pytest.raises(Exception):  # noqa: B017
                 pickle.loads(content)
 
 
@@ -103,6 +105,31 @@ def test_other_dtypes_are_stored_as_they_are_and_read_into_what_is_there(tmp_pat
             tensor = torch.full(x.shape, torch.nan, dtype=into)
             load_checkpoint(path, {"weight/w": tensor}, known, Mesh())
             assert bits(tensor.double()) == bits(x.to(dtype).to(into).double())
+
+
+def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the machine may go down as well as the process: each file, their directory, the rename, its directory."""
+    calls: list[str] = []
+    for name in ("fsync", "rename"):
+        real = getattr(os, name)
+
+        def spy(*arguments: Any, real: Any = real, name: str = name) -> None:
+            what = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else str(arguments[0])
+            calls.append(f"{name} {Path(what).relative_to(tmp_path)}")
+            real(*arguments)
+
+        monkeypatch.setattr(os, name, spy)
+    write(tmp_path, 3)
+    partial = ".step_00000003.partial"
+    assert calls == [
+        f"fsync {partial}/tp_00000_of_00001.safetensors",
+        f"fsync {partial}/meta.json",
+        f"fsync {partial}",
+        f"rename {partial}",
+        "fsync .",
+    ]
 
 
 # which one is the latest, and which go

@@ -24,9 +24,7 @@ def by_hand(prefix: Path, documents: list[list[int]], code: int, letter: str, mo
     prefix.with_name(prefix.name + ".bin").write_bytes(struct.pack(f"<{len(ids)}{letter}", *ids))
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "code", "letter"), [(65001, 8, "H"), (65499, 8, "H"), (65500, 4, "i")]
-)
+@pytest.mark.parametrize(("vocab_size", "code", "letter"), [(65001, 8, "H"), (65499, 8, "H"), (65500, 4, "i")])
 def test_write_indexed_equals_the_layout_by_hand_byte_for_byte(
     tmp_path: Path, vocab_size: int, code: int, letter: str
 ) -> None:
@@ -140,9 +138,7 @@ def test_read_indexed_refuses_missing_and_empty_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.idx has 0 sequences and 1 document indices"):
         indexed.read_indexed(tmp_path / "none")
     (tmp_path / "zero.bin").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"no file .*zero\.bin: Megatron data is zero\.bin beside zero\.idx"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no file .*zero\.bin: Megatron data is zero\.bin beside zero\.idx"):
         indexed.read_indexed(tmp_path / "zero")
 
 
@@ -227,9 +223,7 @@ def test_write_indexed_streams(tmp_path: Path) -> None:
 
     indexed.write_indexed(tmp_path / "d", stream(), 50)
     assert most <= 3
-    assert indexed.read_indexed(tmp_path / "d").tokens.tolist() == [
-        token for token in range(50) for _ in range(4)
-    ]
+    assert indexed.read_indexed(tmp_path / "d").tokens.tolist() == [token for token in range(50) for _ in range(4)]
 
 
 def test_read_nanogpt(tmp_path: Path) -> None:
@@ -239,9 +233,7 @@ def test_read_nanogpt(tmp_path: Path) -> None:
     assert indexed.read_nanogpt(path).dtype == np.uint16
     for size in (0, 5):
         path.write_bytes(bytes(size))
-        with pytest.raises(
-            ValueError, match=rf"train\.bin is {size} bytes, expected a positive multiple of 2"
-        ):
+        with pytest.raises(ValueError, match=rf"train\.bin is {size} bytes, expected a positive multiple of 2"):
             indexed.read_nanogpt(path)
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.bin"):
         indexed.read_nanogpt(tmp_path / "none.bin")
@@ -262,9 +254,7 @@ def test_check_vocabulary_names_the_largest_id_and_its_place() -> None:
     tokens = np.arange(3 * 2**20, dtype=np.int32) % 100
     indexed.check_vocabulary(tokens, 100, "corpus")
     tokens[5], tokens[2**20 + 7], tokens[-1] = 100, 300, 200
-    with pytest.raises(
-        ValueError, match=rf"corpus holds id 300 at position {2**20 + 7}, .* has 100 ids \(0\.\.99\)"
-    ):
+    with pytest.raises(ValueError, match=rf"corpus holds id 300 at position {2**20 + 7}, .* has 100 ids \(0\.\.99\)"):
         indexed.check_vocabulary(tokens, 100, "corpus")
     indexed.check_vocabulary(tokens, 301, "corpus")
     tokens[2**21] = -2

@@ -40,9 +40,7 @@ def test_the_position_survives_a_change_of_data_parallel_degree() -> None:
     runs = []
     for degree in (1, 2, 4):
         share = 8 // degree
-        ranks = [
-            [make().samples(8 * step + share * rank, share) for rank in range(degree)] for step in range(3, 6)
-        ]
+        ranks = [[make().samples(8 * step + share * rank, share) for rank in range(degree)] for step in range(3, 6)]
         runs.append(torch.cat([rows for step in ranks for rows in step]))
     assert torch.equal(runs[0], make().samples(24, 24))
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
@@ -85,9 +83,7 @@ def test_the_shortest_corpus_and_one_token_less() -> None:
 
 def test_bad_arguments() -> None:
     for start, count in ((-1, 2), (0, 0)):
-        with pytest.raises(
-            ValueError, match=rf"samples\({start}, {count}\): expected start >= 0 and count >= 1"
-        ):
+        with pytest.raises(ValueError, match=rf"samples\({start}, {count}\): expected start >= 0 and count >= 1"):
             make().samples(start, count)
     for seq_len, seed in ((0, 0), (5, -1)):
         with pytest.raises(ValueError, match=f"seq_len = {seq_len} and seed = {seed}"):
@@ -103,9 +99,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(bad: int) -> None:
     tokens[42] = bad  # inside window 8 only
     sampler = TokenSampler(tokens, 5, 7, 300)
     number = make().samples(0, 20)[:, 0].tolist().index(140)
-    with pytest.raises(
-        ValueError, match=rf"sample {number} holds id {bad} at token 42, .* has 300 ids \(0\.\.299\)"
-    ):
+    with pytest.raises(ValueError, match=rf"sample {number} holds id {bad} at token 42, .* has 300 ids \(0\.\.299\)"):
         sampler.samples(0, 20)
     others = [n for n in range(20) if n != number]
     assert [sampler.samples(n, 1).shape for n in others] == [(1, 6)] * 19

@@ -50,9 +50,7 @@ def test_find_files_says_what_is_not_there(tree: Path) -> None:
         (tree / "h.*", "glob", 1),
         (tree / "h.txt", "file", 1),
     ):
-        with pytest.raises(
-            ValueError, match=rf"no readable text file in the {kind} '.*' \({looked_at} looked at\)"
-        ):
+        with pytest.raises(ValueError, match=rf"no readable text file in the {kind} '.*' \({looked_at} looked at\)"):
             text.find_files(str(data))
 
 
@@ -62,9 +60,7 @@ def test_python_library_files_are_the_library_without_its_tests() -> None:
     found = names(files, library)
     assert found == sorted(found) and len(set(found)) == len(found)
     assert {"os.py", "json/decoder.py", "email/message.py"} <= set(found)
-    assert not [
-        name for name in found if re.search(r"(^|/)(tests?|idle_test|site-packages|dist-packages)/", name)
-    ]
+    assert not [name for name in found if re.search(r"(^|/)(tests?|idle_test|site-packages|dist-packages)/", name)]
 
 
 def test_documents_of_text_and_jsonl(tmp_path: Path) -> None:
@@ -109,9 +105,7 @@ def peer(tmp_path: Path) -> tokenizers.Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS[:2], trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "<bos> $A", special_tokens=[("<bos>", 0)]
-    )
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=50)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -168,9 +162,7 @@ def test_tokenize_puts_eos_after_each_document_and_skips_empty_ones(tmp_path: Pa
     assert tokens.tolist() == [*b"hi", 256, *b"x", 256, *b"yz", 256]
 
 
-def test_tokenize_in_many_batches_equals_one_document_at_a_time(
-    tmp_path: Path, peer: tokenizers.Tokenizer
-) -> None:
+def test_tokenize_in_many_batches_equals_one_document_at_a_time(tmp_path: Path, peer: tokenizers.Tokenizer) -> None:
     # 5 files of 2 million characters fill the 4-million batch twice and leave a rest.
     files = [write(tmp_path / f"{n}.txt", f"{n} " + " " * 2_000_000) for n in range(5)]
     assert [len(batch) for batch in text._batches(files)] == [2, 2, 1]

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import (
+from tests.layers.prove import (
     Results,
     difference,
     evaluate,
@@ -45,6 +45,7 @@ CASES = {
     "MQA": replace(BASE, num_kv_heads=1),
     "window of 1": replace(BASE, sliding_window=1),
     "window of 3": replace(BASE, sliding_window=3),
+    "window of all but one": replace(BASE, sliding_window=S - 1),
     "window of the length": replace(BASE, sliding_window=S),
     "window beyond the length": replace(BASE, sliding_window=S + 5),
     "not causal": replace(BASE, causal=False),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, gradient, meshes, noise, on_layouts, prove, take, whole
+from tests.layers.prove import Results, gradient, meshes, noise, on_layouts, prove, take, whole
 from tpformer import Axis, Mesh, trace_communication, vocab_parallel_cross_entropy
 
 B, S, V = 2, 5, 128

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import gradient, meshes, noise, take, whole
+from tests.layers.prove import gradient, meshes, noise, take, whole
 from tpformer import Key, Mesh
 from tpformer.layers.dropout import attention_dropout, check_dropout, residual_dropout
 

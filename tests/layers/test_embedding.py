@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
+from tests.layers.prove import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
 from tpformer import Axis, Mesh, PositionEmbedding, VocabParallelEmbedding, VocabParallelHead, trace_communication
 from tpformer.layers.embedding import padded_vocab
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import Ranks
-from tests.layers.test_block import meshes
+from tests.layers.prove import meshes
 from tpformer import (
     AttentionConfig,
     Axis,

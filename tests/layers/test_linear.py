@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
+from tests.layers.prove import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
 from tpformer import Axis, ColumnParallelLinear, Mesh, RowParallelLinear, trace_communication
 
 D, F = 12, 16

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.test_block import (
+from tests.layers.prove import (
     Results,
     difference,
     evaluate,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed import Ranks
-from tests.layers.test_block import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
+from tests.layers.prove import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
 from tpformer import LayerNorm, Mesh, RMSNorm, full_gradient, reduce_partial_gradients, trace_communication
 
 B, S, D = 2, 8, 7

@@ -24,6 +24,10 @@ CASES: dict[str, tuple[int, float, dict[str, Any]]] = {  # head_dim, theta, tran
     ),
     "yarn": (128, 1e6, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
     "yarn, short context": (16, 1e4, {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64}),
+    "yarn, slow end beyond the dims": (
+        *(64, 1e4),
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 131072},
+    ),
     "yarn of other ramps": (
         *(80, 1e5),
         {

@@ -112,6 +112,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "llama attention dropout": (lambda: llama(attention_dropout=1.5), r"attention_dropout \(1.5\)"),
     "activation": (lambda: GPT(gpt(activation="swish")), r"'swish'.*gelu, gelu_tanh, relu"),
     "gate": (lambda: Llama(llama(activation="relu")), r"'relu'.*silu, gelu, gelu_tanh"),
+    "window": (lambda: Llama(llama(sliding_window=0)), r"sliding_window \(0\) must be at least 1"),
     "rope kind": (lambda: tpformer.RopeScaling("ntk", 2.0), r"'ntk'.*linear, llama3 or yarn"),  # type: ignore[arg-type]
     "rope factor": (lambda: tpformer.RopeScaling("linear", 0.5), r"factor \(0.5\) must be at least 1"),
     "long": (lambda: GPT(gpt())(torch.zeros(1, 13, dtype=torch.int64)), r"\(1, 13\).*max_seq_len \(12\)"),
@@ -146,7 +147,7 @@ def at_tp_4(config: Config) -> str:
         (llama(hidden_size=48, num_heads=12, num_kv_heads=6), r"num_kv_heads \(6\) must be divisible by tp \(4\)"),
         (llama(hidden_size=48, num_heads=12, num_kv_heads=3), r"tp \(4\) must be divisible by num_kv_heads \(3\)"),
         (gpt(ffn_hidden_size=42), r"out_features \(42\) must be divisible by tp \(4\)"),
-        (llama(ffn_hidden_size=42), r"\(42\) must be divisible by tp \(4\)"),
+        (llama(ffn_hidden_size=42), r"out_features \(84\) must be divisible by interleave x tp \(8\)"),
         (llama(), r"sequence length \(6\) must be divisible by tp \(4\)"),
     ],
     ids=lambda x: re.sub(r"\W+", " ", x) if isinstance(x, str) else "",

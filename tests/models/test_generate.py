@@ -89,6 +89,13 @@ def test_a_single_choice_is_greedy_whatever_the_seed() -> None:
                 assert torch.equal(found, greedy), (options, seed)
 
 
+def test_each_step_and_row_draws_its_own_numbers() -> None:
+    """So hot that the logits do not matter: what is left is the noise."""
+    hot = model_of("gpt").generate(prompt(1, 4), max_new_tokens=20, temperature=1e9)[:, 1:]
+    for tokens in (*hot, *hot.T):
+        assert len(tokens.unique()) > len(tokens) // 2
+
+
 def test_limits_beyond_the_vocabulary_filter_nothing() -> None:
     free = model_of("gpt").generate(prompt(), max_new_tokens=6, seed=5)
     for options in ({"top_k": 101}, {"top_k": 10**6}, {"top_p": 1.0}, {"top_k": 101, "top_p": 1.0}):

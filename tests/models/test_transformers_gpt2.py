@@ -15,7 +15,10 @@ from tpformer import GPTConfig
 CASES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
     "tied-gelu-tanh": (gpt(), {}),
     "untied-gelu-257": (gpt(tie_embeddings=False, activation="gelu", vocab_size=257), {"activation_function": "gelu"}),
-    "tied-relu-narrow": (gpt(activation="relu", ffn_hidden_size=40), {"activation_function": "relu", "n_inner": 40}),
+    "tied-relu-narrow": (
+        gpt(activation="relu", ffn_hidden_size=40, norm_eps=1e-2),
+        {"activation_function": "relu", "n_inner": 40},
+    ),
 }
 
 
@@ -28,6 +31,7 @@ def oracle(case: str) -> Any:
         "n_layer": ours.num_layers,
         "n_head": ours.num_heads,
         "n_positions": ours.max_seq_len,
+        "layer_norm_epsilon": ours.norm_eps,
         "tie_word_embeddings": ours.tie_embeddings,
         "bos_token_id": None,
         "eos_token_id": None,

@@ -229,12 +229,13 @@ def mixed_gradients() -> dict[str, Tensor]:
 
 
 def test_frozen_parameters_are_left_out_and_closing_takes_the_hooks_off() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[0].requires_grad_(False)
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    model = nn.Sequential(first, second)
+    first.requires_grad_(False)
     buckets = GradientBuckets(model, Mesh())
     model(torch.ones(1, 3)).sum().backward()
     assert buckets.finish().keys() == {"1.weight", "1.bias"}
     buckets.close()
     model(torch.ones(1, 3)).sum().backward()
-    assert model[1].bias.grad is not None
-    assert torch.equal(model[1].bias.grad, torch.ones(3))
+    assert second.bias.grad is not None
+    assert torch.equal(second.bias.grad, torch.ones(3))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import tpformer.layers.dropout
 from tests.distributed import Ranks
 from tests.proofs.cases import (
     LAYOUTS,
@@ -23,6 +24,7 @@ from tests.proofs.cases import (
 )
 from tpformer import Key, Mesh
 from tpformer.layers.dropout import attention_dropout, residual_dropout
+from tpformer.random import random_words
 
 MODELS: dict[str, Config] = {
     "gpt-residual": gpt(dropout=0.2),
@@ -69,8 +71,24 @@ def test_a_vanishing_rate_is_no_dropout(name: str) -> None:
     assert mismatches(one_process(name, None), measure_model(model, key=Key(11)), TOLERANCE[torch.float64]) == []
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_two_uses_share_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding, and in each layer the attention, what follows it and what follows the MLP: a key for each."""
+    seeds = []
+
+    def record(key: Key, *arguments: Any) -> torch.Tensor:
+        seeds.append(key.seed)
+        return random_words(key, *arguments)
+
+    monkeypatch.setattr(tpformer.layers.dropout, "random_words", record)
+    model = build_random(MODELS[name], Mesh(), torch.float64)
+    model(torch.zeros(1, 4, dtype=torch.int64), key=Key(0))
+    c = model.config
+    assert len(set(seeds)) == len(seeds) == (c.dropout > 0) * (1 + 2 * 2) + (c.attention_dropout > 0) * 2
+
+
 @pytest.mark.parametrize("name", ["gpt-residual", "llama-attention"])
-def test_each_use_sample_and_step_has_a_mask_of_its_own(name: str) -> None:
+def test_each_sample_and_step_has_a_mask_of_its_own(name: str) -> None:
     """The same token sequence twice in a batch gets two masks; so does the next step of the same seed."""
     model = build_random(MODELS[name], Mesh(), torch.float64)
     tokens = torch.arange(8).repeat(2, 1)

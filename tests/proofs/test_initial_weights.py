@@ -74,6 +74,14 @@ def test_the_spread_is_the_one_of_the_table(variant: str) -> None:
         assert weight.mean().item() == pytest.approx(0.0, abs=5 * error), name
 
 
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = one_process("qwen3-kv4-wide-heads", seed=3)
+    for numbers in (100, 1000):  # several rows at a time, with a rest
+        monkeypatch.setattr(tpformer.layers.init, "CHUNK", numbers)
+        model = build(VARIANTS["qwen3-kv4-wide-heads"], Mesh(), seed=3)
+        assert all(torch.equal(tpformer.full_parameter(model, name), weight) for name, weight in expected.items())
+
+
 @pytest.mark.parametrize("variant", WIDE)
 def test_no_rank_allocates_a_whole_sharded_matrix(variant: str, ranks: Ranks) -> None:
     """All that is allocated while building at tp 4 is smaller than the smallest whole matrix."""

@@ -1,6 +1,7 @@
 """The learning rate of each schedule, at its ends, in its middle and after the warm-up, worked out by hand."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,8 +17,7 @@ BY_HAND: dict[str, dict[int, float]] = {
     "constant": WARM | {10: 1.0, 60: 1.0, 109: 1.0},
     # progress is (step - 10) / 100 of the way from 1 to 1/4
     "linear": WARM | {10: 1.0, 35: 1 - 0.75 * 0.25, 60: 0.625, 109: 1 - 0.75 * 0.99, 110: 0.25},
-    "cosine": WARM
-    | {10: 1.0, 35: 1 - 0.75 * COSINE_45, 60: 0.625, 85: 0.25 + 0.75 * COSINE_45, 110: 0.25},
+    "cosine": WARM | {10: 1.0, 35: 1 - 0.75 * COSINE_45, 60: 0.625, 85: 0.25 + 0.75 * COSINE_45, 110: 0.25},
     # the last 20 % of 110 steps are 22: constant up to step 88
     "wsd": WARM | {10: 1.0, 60: 1.0, 88: 1.0, 99: 0.625, 109: 1 - 0.75 * 21 / 22, 110: 0.25},
     # the peak at the tenth step, then the root of 10 over the number of the step
@@ -41,7 +41,7 @@ def test_rates_rise_to_the_peak_never_rise_again_and_never_jump(schedule: Any) -
     rates = [learning_rate(step, STEPS, config(schedule=schedule)) for step in range(STEPS)]
     assert rates.index(max(rates)) == 9
     assert max(rates) == 0.5
-    changes = [b - a for a, b in zip(rates, rates[1:], strict=False)]
+    changes = [b - a for a, b in pairwise(rates)]
     assert all(change == pytest.approx(0.05) for change in changes[:9])
     assert all(-0.05 < change <= 0 for change in changes[9:])
 

@@ -8,14 +8,14 @@ import torch
 
 import tpformer
 from tests.distributed import Ranks
-from tests.proofs.cases import Layout, build, gpt, llama
+from tests.proofs.cases import Config, Layout, build, gpt, llama
 from tpformer import Key
 from tpformer.parallel.data import GradientBuckets
 from tpformer.trace import Call
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
 from tpformer.train.step import train_step
 
-MODELS = {
+MODELS: dict[str, Config] = {
     "gpt": gpt(),
     "llama": llama(),
     "llama-kv1": llama(num_kv_heads=1),  # copied weights with partial gradients

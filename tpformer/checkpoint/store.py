@@ -55,16 +55,22 @@ def save_checkpoint(
         _sync(partial / "meta.json")
         _sync(partial)
         if final.exists():  # a step that is saved again: the old one goes only when the new one is in place
-            os.rename(final, old := directory / f".step_{step:08d}.replaced")
+            shutil.rmtree(old := directory / f".step_{step:08d}.replaced", ignore_errors=True)
+            os.rename(final, old)
             os.rename(partial, final)
             shutil.rmtree(old)
         else:
             os.rename(partial, final)
         _sync(directory)
 
-    _together(prepare if chief else None, mesh)
-    _together(write if mesh.dp.rank == 0 else None, mesh)  # replicas hold the same
-    _together(publish if chief else None, mesh)
+    try:
+        _together(prepare if chief else None, mesh)
+        _together(write if mesh.dp.rank == 0 else None, mesh)  # replicas hold the same
+        _together(publish if chief else None, mesh)
+    except Exception:
+        if chief:  # the disk may be full of it
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
@@ -78,13 +84,10 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor], known: dict[str, Pla
 
     def read() -> None:
         meta.update(read_meta(path))
-        expected = int(meta["tp"])
-        names = [f"tp_{rank:05d}_of_{expected:05d}.safetensors" for rank in range(expected)]
-        files = {name: _open(path / name) for name in names}
+        names = [f"tp_{rank:05d}_of_{meta['tp']:05d}.safetensors" for rank in range(meta["tp"])]
         where: dict[str, list[_Slice]] = {}
-        for file in files.values():
-            for entry in json.loads(file.metadata()["slices"]):
-                where.setdefault(entry["tensor"], []).append(_Slice(file, **entry))
+        for stored in (s for name in names for s in _slices_of(path / name)):
+            where.setdefault(stored.tensor, []).append(stored)
         for name, local in tensors.items():
             _read_parts(name, local, known[name.split("/", 1)[-1]], where.get(name, []), path)
 
@@ -93,22 +96,25 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor], known: dict[str, Pla
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises ValueError if there is none."""
+    """The JSON part of a checkpoint. Raises ValueError if there is none, or if it lacks the step or the layout."""
     try:
-        return json.loads((path / "meta.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a checkpoint: its meta.json cannot be read ({error})") from error
+        meta = json.loads((path / "meta.json").read_text())
+        return {**meta, "step": int(meta["step"]), "tp": int(meta["tp"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a checkpoint: its meta.json is missing or damaged ({error})") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The complete checkpoint of the highest step below `directory`, if there is one."""
-    return max((p.parent for p in directory.glob("step_*/meta.json")), default=None)
+    # a writer killed while it saved a step again may have left that step's former checkpoint aside
+    found = [p.parent for pattern in ("step_*", ".step_*.replaced") for p in directory.glob(f"{pattern}/meta.json")]
+    return max(found, key=lambda p: (p.name.strip(".").removesuffix(".replaced"), p.name[0] != "."), default=None)
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
     """Remove all but the `keep` latest checkpoints (0 keeps all), and what killed writers left."""
     complete = sorted(p.parent for p in directory.glob("step_*/meta.json"))
-    for path in [*(complete[:-keep] if keep else []), *directory.glob(".step_*")]:
+    for path in [*directory.glob(".step_*"), *(complete[:-keep] if keep else [])]:
         if not path.name.startswith("."):  # hidden first: what is half removed is no checkpoint
             os.rename(path, path := path.with_name(f".{path.name}.removed"))
         shutil.rmtree(path, ignore_errors=True)
@@ -146,7 +152,10 @@ def _write_parts(path: Path, tensors: dict[str, Tensor], known: dict[str, Placem
                 "size": piece.size,
             }
             entries.append({"tensor": name, "key": key, **place})
-    save_file(stored, path, metadata={"slices": json.dumps(entries)})
+    try:
+        save_file(stored, path, metadata={"slices": json.dumps(entries)})
+    except SafetensorError as error:  # which is no OSError, whatever the system said
+        raise OSError(f"{path} cannot be written: {error}") from error
     _sync(path)
 
 
@@ -175,10 +184,15 @@ def _read_parts(name: str, local: Tensor, placement: Placement, slices: list[_Sl
                 raise ValueError(f"{name}: {path} holds {filled} of the {piece.size} rows from {piece.start} on")
 
 
-def _open(path: Path) -> Any:
+def _slices_of(path: Path) -> list[_Slice]:
+    """The slices that one file says it holds. Raises ValueError naming the file if it is missing or damaged."""
     try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+        file = safe_open(path, framework="pt")
+        slices = [_Slice(file, **entry) for entry in json.loads(file.metadata()["slices"])]
+        if lost := {s.key for s in slices} - set(file.keys()):
+            raise ValueError(f"it lacks {', '.join(sorted(lost))}")
+        return slices
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
 
 

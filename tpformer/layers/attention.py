@@ -37,13 +37,15 @@ class SelfAttention(nn.Module):
 
     x[B, S, D] -> q[B, S, H_tp, K], k, v[B, S, KV_tp, K] -> y[B, S, D]. With fewer KV heads than ranks, each
     rank keeps a copy of the one that its queries need, and the copies' gradients are summed once a step.
-    Raises ValueError if the heads do not divide among the ranks.
+    Raises ValueError if the heads do not divide among the ranks, or for a window below 1.
     """
 
     def __init__(self, config: AttentionConfig, *, mesh: Mesh = Mesh()):
         super().__init__()
         self.config, self.mesh = config, mesh
         c = config
+        if c.sliding_window is not None and c.sliding_window < 1:
+            raise ValueError(f"sliding_window ({c.sliding_window}) must be at least 1")
         rows = qkv_rows(c, mesh.tp)
         self.local_heads = c.num_heads // mesh.tp.size
         self.local_kv_heads = max(1, c.num_kv_heads // mesh.tp.size)

@@ -109,7 +109,10 @@ class _VocabParallelLookup(torch.autograd.Function):
 
 
 class PositionEmbedding(nn.Module):
-    """Add a learned vector for each position: x[B, S, D] + W[S, D]; the table is a copy on every rank."""
+    """Add a learned vector for each position: x[B, S, D] + W[S, D]; the table is a copy on every rank.
+
+    Raises ValueError for a sequence longer than the table.
+    """
 
     def __init__(self, max_seq_len: int, embedding_dim: int, *, mesh: Mesh = Mesh()):
         super().__init__()
@@ -123,4 +126,6 @@ class PositionEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
         first = self.mesh.tp.rank * x.shape[1] if self.mesh.sequence_parallel else 0
+        if first + x.shape[1] > self.weight.shape[0]:
+            raise ValueError(f"position {first + x.shape[1] - 1} must be below max_seq_len ({self.weight.shape[0]})")
         return x + self.weight[first : first + x.shape[1]]

@@ -46,7 +46,8 @@ class ColumnParallelLinear(nn.Module):
         self.mesh, self.gather_output, self.interleave = mesh, gather_output, interleave
         if rows is None:
             divide(out_features, interleave, "out_features", "interleave")
-            local = interleave * divide(out_features // interleave, mesh.tp.size, "out_features")
+            whole_rows = "tp" if interleave == 1 else "interleave x tp"
+            local = interleave * divide(out_features, interleave * mesh.tp.size, "out_features", whole_rows)
             rows = split((out_features, in_features), 0, mesh.tp, local)
         local = sum(piece.size for piece in rows.pieces)
         self.weight = nn.Parameter(torch.empty(local, in_features))
@@ -148,7 +149,7 @@ class _ColumnLinear(torch.autograd.Function):
             dx = _start_sum(partial.view(*grads[0].shape[:-1], -1), mesh)
         dweight = dbias = None
         if whole_x is not None:
-            flat = whole_x.wait().flatten(0, -2)
+            flat = whole_x.wait().reshape(-1, weight.shape[1])
             dweight = torch.empty_like(weight)
             for dy, dw in zip(dys, dweight.unflatten(0, (-1, interleave)).unbind(1), strict=True):
                 torch.mm(dy.t(), flat, out=dw)

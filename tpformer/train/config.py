@@ -71,7 +71,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("micro_batch_size", "z_loss", "seed", "eval_interval", "eval_samples", "checkpoint_interval"):
+        counts = ("micro_batch_size", "seed", "eval_interval", "eval_samples", "checkpoint_interval")
+        for name in (*counts, "keep_checkpoints", "sample_tokens", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
 

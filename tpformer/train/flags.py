@@ -1,10 +1,13 @@
 """A run's configuration from flags and TOML files, and back to TOML."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 import tyro
@@ -20,24 +23,29 @@ def parse_config(arguments: list[str], *, quiet: bool = False) -> TrainConfig[An
     Prints help, or what is wrong with the flags, unless quiet, and raises SystemExit; raises ValueError for
     what is wrong in a file or between values.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "family", "name", "runs-dir"):  # these decide what the other flags and defaults are
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("config", "family", "name", "runs-dir", "runs_dir"):  # these decide what the others' defaults are
         early.add_argument(f"--{name}", default="")
-    early.add_argument("--resume", action="store_true")
-    chosen, _ = early.parse_known_args(arguments)
+    early.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    try:
+        chosen, _ = early.parse_known_args(arguments)
+    except argparse.ArgumentError:  # tyro, below, says what is wrong
+        chosen = early.parse_args([])
 
+    file = read_table(Path(chosen.config)) if chosen.config else {}
+    run = from_table(TrainConfig(SMALL_LLAMA), {key: file[key] for key in ("run",) if key in file}).run
     table: dict[str, Any] = {}
-    if chosen.resume:
-        table = read_table(find_run(Path(chosen.runs_dir or "runs"), chosen.name) / "config.toml")
-    if chosen.config:
-        _merge(table, read_table(Path(chosen.config)))
+    if run.resume if chosen.resume is None else chosen.resume:
+        table = read_table(find_run(Path(chosen.runs_dir or run.runs_dir), chosen.name or run.name) / "config.toml")
+    _merge(table, file)
     family = chosen.family or table.get("family", "llama")
     if family not in ("llama", "gpt"):
         raise ValueError(f"family ({family!r}) must be llama or gpt")
     kind: Any = TrainConfig[LlamaConfig] if family == "llama" else TrainConfig[GPTConfig]
     small: Any = kind(model=SMALL_LLAMA if family == "llama" else SMALL_GPT, family=family)
     default = from_table(small, table)
-    return tyro.cli(kind, default=default, args=arguments, prog="pretrain.py", console_outputs=not quiet)
+    with contextlib.redirect_stderr(io.StringIO() if quiet else sys.stderr):  # tyro's console_outputs is not enough
+        return tyro.cli(kind, default=default, args=arguments, prog="pretrain.py", console_outputs=not quiet)
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
@@ -59,6 +67,7 @@ def read_table(path: Path) -> dict[str, Any]:
 def from_table(default: Any, table: dict[str, Any], section: str = "") -> Any:
     """`default` with the values of a table. Raises ValueError for an unknown key or a value of another type."""
     known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    types = get_type_hints(type(default))
     changes: dict[str, Any] = {}
     for key, value in table.items():
         where = f"{section}{key}"
@@ -69,7 +78,7 @@ def from_table(default: Any, table: dict[str, Any], section: str = "") -> Any:
                 raise ValueError(f"{where} ({value!r}) must be a section of the configuration, [{where}]")
             changes[key] = from_table(known[key], value, f"{where}.")
         else:
-            changes[key] = _as_type_of(known[key], value, where)
+            changes[key] = _as_type(types[key], value, where)
     return dataclasses.replace(default, **changes)
 
 
@@ -84,15 +93,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _as_type_of(default: Any, value: Any, where: str) -> Any:
-    """`value` where it has the type of `default`; an int may stand for a float, a list for a tuple."""
-    if isinstance(default, tuple) and isinstance(value, list) and len(value) == len(default):
-        return tuple(_as_type_of(d, v, where) for d, v in zip(default, value, strict=True))
-    if isinstance(default, float) and type(value) is int:
+def _as_type(kind: Any, value: Any, where: str) -> Any:
+    """`value` where it is of the type `kind`; an int may stand for a float, a list for a tuple."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        if isinstance(value, list) and len(value) == len(parts):
+            return tuple(_as_type(part, item, where) for part, item in zip(parts, value, strict=True))
+    elif origin is Literal:
+        if value in parts:
+            return value
+    elif float in (kind, *parts) and type(value) is int:
         return float(value)
-    if default is not None and type(value) is not type(default):
-        raise ValueError(f"{where} ({value!r}) must be of type {type(default).__name__}, like {default!r}")
-    return value
+    elif type(value) in (kind, *parts):  # a union has parts
+        return value
+    wanted = f"of type {kind.__name__ if isinstance(kind, type) else kind}"
+    raise ValueError(f"{where} ({value!r}) must be {f'one of {parts}' if origin is Literal else wanted}")
 
 
 def _merge(table: dict[str, Any], over: dict[str, Any]) -> None:

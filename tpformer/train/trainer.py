@@ -154,8 +154,10 @@ class Trainer:
     def _finish(self) -> TrainReport:
         uniform, unigram = math.log(self.corpus.vocab_size), unigram_entropy(self.corpus.validation)
         validation = self.evaluate()
-        self._log(validation_loss=validation)
         if self.metrics:
+            done = (r["step"] for r in self.metrics.read() if "validation_loss" in r)
+            if self.step not in done:  # it is there if a finished run was resumed
+                self._log(validation_loss=validation)
             levels = {"ln(vocabulary)": uniform, "unigram entropy": unigram}
             plot_loss(self.directory / "loss.png", self.metrics.read(), levels)
         return TrainReport(self.step, validation, uniform, unigram, self.trace, self._sample())

@@ -1,0 +1,68 @@
+"""A run whose processes are all killed goes on with --resume to the losses, bit for bit, of one left in peace."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import Ranks
+from tests.examples.launch import OF_LLAMA, SMALL, launch, pretrain, text_files
+
+STEPS, INTERVAL = 120, 10
+FLAGS = [*SMALL, *OF_LLAMA, *f"--tp 2 --steps {STEPS} --checkpoint-interval {INTERVAL} --eval-interval 7".split()]
+FLAGS += [
+    "--data",
+    "text",
+    "--dropout",
+    "0.1",
+    "--attention-dropout",
+    "0.1",
+    "--micro-batch-size",
+    "2",
+    "--warmup-steps",
+    "10",
+]
+
+
+def lines(run: Path) -> list[str]:
+    """The whole lines of metrics.jsonl, also while it is written."""
+    path = run / "metrics.jsonl"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """Step, and everything that was recorded at it but the speed."""
+    found = [json.loads(line) for line in lines(run)]
+    return [(record.pop("step"), {k: v for k, v in record.items() if k != "tokens_per_second"}) for record in found]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with text in it."""
+    text_files(tmp_path)
+    return tmp_path
+
+
+def test_killed_runs_go_on_bit_for_bit(place: Path, ranks: Ranks) -> None:
+    """Killed twice under torchrun, with SIGKILL to the launcher and each rank, at steps that were not saved."""
+    assert [code for code, *_ in ranks(pretrain, 2, [*FLAGS, "--name", "peace"], place)] == [0, 0]
+    run = place / "runs" / "war"
+    for number, least in enumerate((15, 55)):
+        started = launch(["--resume"] if number else [*FLAGS, "--name", "war"], place)
+        deadline = time.monotonic() + 60
+        while len(lines(run)) < least and time.monotonic() < deadline:
+            time.sleep(0.005)
+        started.kill()
+        ended = started.end()
+        assert ended.left == []
+        assert ended.code == -9, ended.err
+        assert "held-out loss" not in ended.out
+        assert least <= len(lines(run)) < len(lines(place / "runs" / "peace")), "killed before it was done"
+    last = launch(["--resume"], place).end()
+    assert last.code == 0, last.err
+    assert last.left == []
+    assert "resumed at step" in last.out
+    assert losses(run) == losses(place / "runs" / "peace")
+    assert losses(run)[-1][0] == STEPS
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000110", "step_00000120"]
