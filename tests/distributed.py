@@ -88,16 +88,16 @@ def _work(pipe: Connection) -> None:
             return
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         try:
-            module = modules.setdefault(path, _load(path))
+            module = modules[path] = modules.get(path) or _load(path)
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             answer = True, getattr(module, name)(*args)
             if dist.is_initialized():  # a peer may still be connecting
                 dist.barrier()
         except BaseException:
             answer = False, traceback.format_exc()
-        pipe.send(answer)
-        if dist.is_initialized():
+        if dist.is_initialized():  # before the answer, at which the caller removes the store
             dist.destroy_process_group()
+        pipe.send(answer)
 
 
 def _load(path: str) -> types.ModuleType:

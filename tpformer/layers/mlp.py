@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
-from tpformer.mesh import Mesh
+from tpformer.mesh import Mesh, divide
 from tpformer_kernels import gated_activation
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
@@ -14,7 +14,7 @@ GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 class MLP(nn.Module):
     """act(x W_upᵀ + b) W_downᵀ + b; x[B, S, D] · W_up[D, F_tp] -> act -> · W_down[F_tp, D] -> y[B, S, D].
 
-    activation: gelu (erf), gelu_tanh or relu; raises ValueError for another.
+    activation: gelu (erf), gelu_tanh or relu. Raises ValueError for another, or for a width that tp does not divide.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
+        divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
         self.activation = activation
         self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, bias, mesh=mesh)
         self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
@@ -45,7 +46,7 @@ class GatedMLP(nn.Module):
     """(act(x W_gateᵀ) · x W_upᵀ) W_downᵀ, SwiGLU or GeGLU (arXiv 2002.05202); x[B, S, D] -> y[B, S, D].
 
     The weight of gate and up is one, row 2i the gate and row 2i + 1 the up of feature i: any tp splits it right.
-    activation: silu, gelu (erf) or gelu_tanh; raises ValueError for another.
+    activation: silu, gelu (erf) or gelu_tanh. Raises ValueError for another, or for a width that tp does not divide.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         if activation not in GATED_ACTIVATIONS:
             raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GATED_ACTIVATIONS)}")
+        divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
         self.activation = activation
         self.gate_up = ColumnParallelLinear(hidden_size, 2 * ffn_hidden_size, bias, mesh=mesh, interleave=2)
         self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)

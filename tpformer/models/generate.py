@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tpformer.mesh import Mesh
+from tpformer.mesh import Mesh, divide
 from tpformer.random import Key, random_words, uniform
 
 
@@ -34,13 +34,16 @@ def generate(
 
     temperature 0 takes the likeliest token; top_k and top_p (arXiv 1904.09751) leave only the likeliest ones.
     The model sees at most its last max_seq_len tokens. One seed gives the same tokens at any tp, to rounding
-    of the logits. Raises ValueError for options out of range.
+    of the logits. Raises ValueError for options out of range, and under sequence parallelism for a max_seq_len that
+    tp does not divide.
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(
             f"temperature ({temperature}) >= 0, top_k ({top_k}) >= 1 and 0 < top_p ({top_p}) <= 1 must hold"
         )
     window = model.config.max_seq_len  # type: ignore[attr-defined]
+    if model.mesh.sequence_parallel:
+        divide(window, model.mesh.tp.size, "max_seq_len")
     for step in range(max_new_tokens):
         logits = _next_logits(model, tokens[:, -window:])  # (b, vocab)
         if temperature == 0:

@@ -15,7 +15,7 @@ from tpformer.layers.linear import column_linear
 from tpformer.layers.mlp import GatedMLP
 from tpformer.layers.norm import RMSNorm
 from tpformer.layers.rope import RopeScaling, rope_table
-from tpformer.mesh import Mesh
+from tpformer.mesh import Mesh, divide
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
 from tpformer.random import Key
@@ -70,15 +70,11 @@ class LlamaConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
-        # frozen: derived defaults are filled in once, here
-        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be divisible by num_heads ({self.num_heads})")
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_heads)
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim is None:
+            divide(self.hidden_size, self.num_heads, "hidden_size", "num_heads")
+        divide(self.num_heads, self.kv_heads, "num_heads", "num_kv_heads")
         if self.attention.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+            raise ValueError(f"head_dim ({self.attention.head_dim}) must be even for rotary positions")
         check_dropout(self.dropout)
         check_dropout(self.attention_dropout, "attention_dropout")
 
@@ -116,9 +112,9 @@ class LlamaConfig:
 
         The usual convention (arXiv 2204.02311, appendix B): causality and recomputation are not counted.
         """
-        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
-        matmul = self.num_parameters() - embeddings + self.vocab_size * self.hidden_size
-        a = self.attention
+        d, a = self.hidden_size, self.attention
+        attention = 2 * d * (a.num_heads + a.num_kv_heads) * a.head_dim
+        matmul = self.num_layers * (attention + 3 * d * self.ffn_hidden_size) + self.vocab_size * d
         return 6 * matmul + 12 * self.num_layers * a.num_heads * a.head_dim * seq_len
 
 
