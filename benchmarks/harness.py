@@ -114,9 +114,7 @@ def timed_step(step: Step | None, device: torch.device) -> Sample:
     return Sample(seconds, (after - busy - own_total) / window)
 
 
-def run_rounds(
-    steps: dict[str, Step | None], rounds: int, device: torch.device, label: str
-) -> dict[str, list[Sample]]:
+def run_rounds(steps: dict[str, Step | None], rounds: int, device: torch.device, label: str) -> dict[str, list[Sample]]:
     """Step every variant once a round, backwards on odd rounds so that none always follows the same one.
 
     Rank 0 prints a line per round, in milliseconds; a ~ marks a step during which other processes were busy.

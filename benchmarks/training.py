@@ -181,9 +181,7 @@ def check_agreement(variants: list[Variant]) -> dict[str, float]:
     return {name: float(loss) for name, (loss, _) in seen.items()}
 
 
-def peak_alone(
-    kind: str, tp: int, options: Options, rank: int, store: str, device: torch.device
-) -> int | None:
+def peak_alone(kind: str, tp: int, options: Options, rank: int, store: str, device: torch.device) -> int | None:
     """Peak bytes of one rank of one variant; runs in a fresh process, together with the other ranks'."""
     torch.set_num_threads(options.threads)
     harness.join_group(store, rank, tp, device)

@@ -1,7 +1,7 @@
 """A model of your own from the parallel layers: run it alone, or on several processes, and see the same loss.
 
-    python examples/build_a_model.py
-    torchrun --nproc-per-node 2 examples/build_a_model.py
+python examples/build_a_model.py
+torchrun --nproc-per-node 2 examples/build_a_model.py
 """
 
 import os

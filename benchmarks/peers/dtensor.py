@@ -33,9 +33,7 @@ def tensor_parallel_plan() -> dict[str, ParallelStyle]:
         "blocks.*.attention.k": ColwiseParallel(),
         "blocks.*.attention.v": ColwiseParallel(),
         "blocks.*.attention.out": RowwiseParallel(),
-        "blocks.*.mlp": PrepareModuleInput(
-            input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)
-        ),
+        "blocks.*.mlp": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
         "blocks.*.mlp.gate": ColwiseParallel(),
         "blocks.*.mlp.up": ColwiseParallel(),
         "blocks.*.mlp.down": RowwiseParallel(),

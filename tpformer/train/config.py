@@ -32,9 +32,9 @@ class DataConfig:
 class RunConfig:
     """How long, how large and where to."""
 
-    steps: int = 600
+    steps: int = 250
     """Optimizer steps of the whole run."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Samples in a step, over all replicas."""
     micro_batch_size: int = 0
     """Samples in one forward and backward of a replica; 0 is all of its samples at once."""
@@ -44,11 +44,11 @@ class RunConfig:
     """Weight of the squared log-normaliser in the training loss."""
     seed: int = 0
     """Of the initial weights, the order of the data and dropout."""
-    eval_interval: int = 200
+    eval_interval: int = 100
     """Steps between evaluations on the held-out data; 0 evaluates only at the end."""
     eval_samples: int = 64
     """Samples in an evaluation."""
-    checkpoint_interval: int = 200
+    checkpoint_interval: int = 100
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay; 0 keeps all."""
@@ -90,12 +90,12 @@ class TrainConfig(Generic[ModelT]):
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
     parallel: Annotated[ParallelConfig, tyro.conf.arg(name="")] = ParallelConfig()
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: OptimizerConfig(lr=3e-3, warmup_steps=50)
+        default_factory=lambda: OptimizerConfig(lr=4e-3, warmup_steps=20)
     )
 
 
 # what `make pretrain` trains: vocab_size and max_seq_len 0 are filled in from the tokenizer and seq_len
 SMALL_LLAMA = LlamaConfig(
-    vocab_size=0, hidden_size=192, num_layers=6, num_heads=6, num_kv_heads=2, ffn_hidden_size=512, max_seq_len=0
+    vocab_size=0, hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=688, max_seq_len=0
 )
-SMALL_GPT = GPTConfig(vocab_size=0, hidden_size=192, num_layers=6, num_heads=6, max_seq_len=0)
+SMALL_GPT = GPTConfig(vocab_size=0, hidden_size=256, num_layers=4, num_heads=4, max_seq_len=0)
