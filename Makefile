@@ -1,6 +1,8 @@
 # Two commands: `make pretrain` trains a model on two processes, `make test` proves that the split changes nothing.
 PYTHON ?= python3
 NPROC ?= 2
+# CPU threads of each process: torchrun's own default, without its warning
+THREADS ?= 1
 ARGS ?=
 
 VENV := .venv
@@ -24,7 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 pretrain: $(VENV)/installed
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/pretrain.py --tp $(NPROC) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/pretrain.py --tp $(NPROC) $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(ARGS)
@@ -39,7 +41,7 @@ types: $(VENV)/installed
 check: test lint types
 
 benchmark: $(VENV)/installed
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m benchmarks.training $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node 2 -m benchmarks.training $(ARGS)
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel

@@ -16,6 +16,7 @@ from tests.checkpoint.cases import KINDS, MODELS, bits, blank, known_of, load, p
 from tests.distributed import Ranks
 from tests.proofs.cases import Layout
 from tpformer import Mesh
+from tpformer.checkpoint import store
 from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, read_meta, save_checkpoint
 
 LAYOUTS = [Layout(1), Layout(2), Layout(4), Layout(2, 2), Layout(2, 1, True)]
@@ -174,6 +175,25 @@ def test_pruning_goes_on_where_a_killed_one_stopped(tmp_path: Path) -> None:
     (tmp_path / ".step_00000001.removed" / "meta.json").write_text("{}")
     prune_checkpoints(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_what_is_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it removes the first of two: that one is not among the complete ones any more."""
+    write(tmp_path, 1, 2, 3)
+
+    def killed(path: Path, **_: object) -> None:
+        next(path.glob("*.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.shutil, "rmtree", killed)
+        prune_checkpoints(tmp_path, 1)
+    found = {"weight/w": torch.empty(64)}
+    for path in tmp_path.glob("step_*"):
+        load_checkpoint(path, found, tiny(0)[1], Mesh())
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
+    prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def test_a_step_saved_again_is_the_new_one(tmp_path: Path) -> None:

@@ -186,9 +186,18 @@ def test_flags_come_before_the_file_and_the_file_before_the_run(tmp_path: Path) 
     assert (config.run.steps, config.run.batch_size, config.run.seed) == (1, 22, 333)
     assert config.run.resume
     assert config.optimizer == replace(plain.optimizer, lr=2.0)
-    assert (plain.run.batch_size, plain.run.seed) == (16, 0)
-    assert parse_config(["--config", file]).run.steps == 600
+    assert (plain.run.steps, plain.run.batch_size, plain.run.seed) == (RunConfig.steps, RunConfig.batch_size, 0)
+    assert parse_config(["--config", file]).run.steps == RunConfig.steps != 1
     assert parse_config(["--resume", *runs]).run.batch_size == 11
+
+
+def test_what_is_derived_from_sizes_is_derived_from_those_of_flag_and_file(tmp_path: Path) -> None:
+    """The width of a head is hidden_size over num_heads, wherever each of them comes from, unless it is given."""
+    file = write(tmp_path / "f.toml", "[model]\nhidden_size = 64\nnum_heads = 2\n")
+    assert parse_config(["--hidden-size", "96", "--num-heads", "4"]).model.attention.head_dim == 24
+    assert parse_config(["--config", file]).model.attention.head_dim == 32
+    assert parse_config(["--config", file, "--num-heads", "8"]).model.attention.head_dim == 8
+    assert parse_config(["--config", file, "--head-dim", "6"]).model.attention.head_dim == 6
 
 
 def test_a_file_s_sections_are_merged_key_by_key(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class DataConfig:
 class RunConfig:
     """How long, how large and where to."""
 
-    steps: int = 250
+    steps: int = 200
     """Optimizer steps of the whole run."""
     batch_size: int = 8
     """Samples in a step, over all replicas."""
