@@ -16,16 +16,16 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.dtype = x.dtype
         ctx.save_for_backward(x, weight, rstd)
         return (wide * rstd).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
-        normed = x * rstd  # (..., d), fp32 or fp64
-        dy = dy.to(rstd.dtype)
-        dweight = (dy * normed).reshape(-1, dy.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dnormed = dy * weight
-        mean = torch.linalg.vecdot(dnormed, normed).unsqueeze(-1).div_(x.shape[-1])
-        dx = dnormed.sub_(normed.mul_(mean)).mul_(rstd).to(x.dtype)
-        return dx, dweight, None
+        x, dy, wide_weight = x.to(rstd.dtype), dy.to(rstd.dtype), weight.to(rstd.dtype)
+        products = (dy * x).reshape(-1, x.shape[-1])  # (n, d)
+        dweight = (products.t() @ rstd.reshape(-1)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        mean = (products @ wide_weight).view_as(rstd).div_(x.shape[-1])  # of dy · weight · x over d
+        dx = (dy * wide_weight).mul_(rstd).addcmul_(x, mean.mul_(rstd.pow(3)), value=-1)
+        return dx.to(ctx.dtype), dweight, None

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tpformer.collectives import gather_features
 from tpformer.layers.attention import AttentionConfig, SelfAttention
 from tpformer.layers.block import DecoderBlock
-from tpformer.layers.cross_entropy import vocab_parallel_cross_entropy
 from tpformer.layers.dropout import check_dropout, residual_dropout
 from tpformer.layers.embedding import PositionEmbedding, VocabParallelEmbedding, VocabParallelHead
-from tpformer.layers.linear import column_linear
 from tpformer.layers.mlp import MLP
 from tpformer.layers.norm import LayerNorm
 from tpformer.mesh import Mesh, divide
+from tpformer.models.decoder import check_length, full_logits, loss, to_logits
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
-from tpformer.models.llama import check_length
 from tpformer.random import Key
 
 
@@ -127,18 +124,9 @@ class GPT(nn.Module):
         x = residual_dropout(x, self.config.dropout, key and key.fold("embedding"), self.mesh)
         for name, block in self.blocks.items():
             x = block(x, None, key and key.fold("block", name))
-        x = self.norm(x)
-        return column_linear(x, self.embedding.weight, None, self.mesh)[0] if self.head is None else self.head(x)
+        return self.to_logits(self.norm(x))
 
-    def full_logits(self, tokens: Tensor) -> Tensor:
-        """int64 (b, s) -> the whole logits (b, s, vocab_size) on every rank; collective."""
-        return gather_features(self(tokens), self.mesh.tp)[..., : self.config.vocab_size]
-
-    def loss(self, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
-        """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; logits are never gathered."""
-        logits = self(tokens, key=key)
-        return vocab_parallel_cross_entropy(
-            logits, targets, self.mesh, z_loss=z_loss, vocab_size=self.config.vocab_size, inplace=True
-        )
-
+    to_logits = to_logits
+    full_logits = full_logits
+    loss = loss
     generate = generate

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tpformer.collectives import gather_features
 from tpformer.layers.attention import AttentionConfig, SelfAttention
 from tpformer.layers.block import DecoderBlock
-from tpformer.layers.cross_entropy import vocab_parallel_cross_entropy
 from tpformer.layers.dropout import check_dropout, residual_dropout
 from tpformer.layers.embedding import VocabParallelEmbedding, VocabParallelHead
-from tpformer.layers.linear import column_linear
 from tpformer.layers.mlp import GatedMLP
 from tpformer.layers.norm import RMSNorm
 from tpformer.layers.rope import RopeScaling, rope_table
 from tpformer.mesh import Mesh, divide
+from tpformer.models.decoder import check_length, full_logits, loss, to_logits
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
 from tpformer.random import Key
@@ -156,26 +154,9 @@ class Llama(nn.Module):
         rope = rope_table(tokens.shape[1], c.attention.head_dim, c.rope_theta, c.rope_scaling, like=x)
         for name, block in self.blocks.items():
             x = block(x, rope, key and key.fold("block", name))
-        x = self.norm(x)
-        return column_linear(x, self.embedding.weight, None, self.mesh)[0] if self.head is None else self.head(x)
+        return self.to_logits(self.norm(x))
 
-    def full_logits(self, tokens: Tensor) -> Tensor:
-        """int64 (b, s) -> the whole logits (b, s, vocab_size) on every rank; collective."""
-        return gather_features(self(tokens), self.mesh.tp)[..., : self.config.vocab_size]
-
-    def loss(self, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
-        """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; logits are never gathered."""
-        logits = self(tokens, key=key)
-        return vocab_parallel_cross_entropy(
-            logits, targets, self.mesh, z_loss=z_loss, vocab_size=self.config.vocab_size, inplace=True
-        )
-
+    to_logits = to_logits
+    full_logits = full_logits
+    loss = loss
     generate = generate
-
-
-def check_length(tokens: Tensor, max_seq_len: int) -> None:
-    """Raises ValueError unless tokens are (b, s) with s within max_seq_len."""
-    if tokens.dim() != 2 or tokens.shape[1] > max_seq_len:
-        raise ValueError(
-            f"tokens {tuple(tokens.shape)} must be (batch, length) with length <= max_seq_len ({max_seq_len})"
-        )

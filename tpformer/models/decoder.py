@@ -1,0 +1,37 @@
+"""What the decoder families share; each takes these functions as its methods, there is no base class."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tpformer.collectives import gather_features
+from tpformer.layers.cross_entropy import vocab_parallel_cross_entropy
+from tpformer.layers.linear import column_linear
+from tpformer.random import Key
+
+
+def check_length(tokens: Tensor, max_seq_len: int) -> None:
+    """Raises ValueError unless tokens are (b, s) with s within max_seq_len."""
+    if tokens.dim() != 2 or tokens.shape[1] > max_seq_len:
+        shape = tuple(tokens.shape)
+        raise ValueError(f"tokens {shape} must be (batch, length) with length <= max_seq_len ({max_seq_len})")
+
+
+def to_logits(self: Any, x: Tensor) -> Tensor:
+    """(b, s, d), or (b, s/tp, d) under sequence parallelism -> this rank's logits (b, s, padded_vocab/tp)."""
+    if self.head is None:  # tied: the embedding's own rows
+        return column_linear(x, self.embedding.weight, None, self.mesh)[0]
+    return self.head(x)
+
+
+def full_logits(self: Any, tokens: Tensor) -> Tensor:
+    """int64 (b, s) -> the whole logits (b, s, vocab_size) on every rank; collective."""
+    return gather_features(self(tokens), self.mesh.tp)[..., : self.config.vocab_size]
+
+
+def loss(self: Any, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
+    """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; logits are never gathered."""
+    logits = self(tokens, key=key)
+    return vocab_parallel_cross_entropy(
+        logits, targets, self.mesh, z_loss=z_loss, vocab_size=self.config.vocab_size, inplace=True
+    )
