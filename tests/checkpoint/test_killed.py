@@ -12,7 +12,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,16 @@ import pytest
 import torch
 
 from tests.checkpoint.cases import tiny
-from tests.distributed import Ranks
 from tpformer import Mesh
 from tpformer.checkpoint import store
 from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[ProcessPoolExecutor]:
+    """A process with one thread: a fork of one with more may find a lock held by a thread that it does not have."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
 
 
 def save_step(directory: Path, step: int, keep: int = 0) -> None:
@@ -89,7 +97,7 @@ SCENES = {"the first": ((), 5, 0), "one more": ((3, 4), 5, 0), "one more of two"
 
 
 def kill_at_every_line(directory: Path, before: tuple[int, ...], step: int, keep: int) -> tuple[list[int], list[int]]:
-    """On a rank: the latest step after a kill before each line; and after the next writer's save on top of that."""
+    """The latest step after a kill before each line; and after the next writer's save on top of that."""
     former = max(before, default=0)
     found, then = [], []
     template = directory / "template"
@@ -112,9 +120,9 @@ def kill_at_every_line(directory: Path, before: tuple[int, ...], step: int, keep
 
 @pytest.mark.parametrize(("before", "step", "keep"), SCENES.values(), ids=SCENES)
 def test_killed_before_any_line_the_former_or_the_new_one_is_whole(
-    before: tuple[int, ...], step: int, keep: int, tmp_path: Path, ranks: Ranks
+    before: tuple[int, ...], step: int, keep: int, tmp_path: Path, alone: ProcessPoolExecutor
 ) -> None:
-    ((found, then),) = ranks(kill_at_every_line, 1, tmp_path, before, step, keep)
+    found, then = alone.submit(kill_at_every_line, tmp_path, before, step, keep).result()
     former = max(before, default=0)
     assert len(found) > 40
     assert found == sorted(found), "once the new one is there, it stays"
@@ -124,7 +132,7 @@ def test_killed_before_any_line_the_former_or_the_new_one_is_whole(
 
 
 def kill_saving_again(directory: Path) -> list[float]:
-    """On a rank: what the one checkpoint holds, 4 or 40, after a kill before each line of saving it again."""
+    """What the one checkpoint holds, 4 or 40, after a kill before each line of saving it again."""
     tensors, known = tiny(4)
     found = []
     for number in itertools.count():
@@ -147,14 +155,16 @@ def kill_saving_again(directory: Path) -> list[float]:
     return found
 
 
-def test_killed_while_saving_the_only_step_again_one_of_the_two_is_whole(tmp_path: Path, ranks: Ranks) -> None:
-    (found,) = ranks(kill_saving_again, 1, tmp_path)
+def test_killed_while_saving_the_only_step_again_one_of_the_two_is_whole(
+    tmp_path: Path, alone: ProcessPoolExecutor
+) -> None:
+    found = alone.submit(kill_saving_again, tmp_path).result()
     assert found == sorted(found)
     assert set(found) == {4.0, 40.0}
 
 
 def kill_at_random(directory: Path, kills: int) -> list[tuple[int, int, list[str]]]:
-    """On a rank: after each kill of a process that saves without end, the last step that it said was saved, the
+    """After each kill of a process that saves without end, the last step that it said was saved, the
     latest step that is there, and what else there is."""
     moments = random.Random(0)
     found = []
@@ -180,9 +190,9 @@ def kill_at_random(directory: Path, kills: int) -> list[tuple[int, int, list[str
     return found
 
 
-def test_killed_at_random_moments_what_was_saved_is_there(tmp_path: Path, ranks: Ranks) -> None:
+def test_killed_at_random_moments_what_was_saved_is_there(tmp_path: Path, alone: ProcessPoolExecutor) -> None:
     """The latest is the last whose saving had ended, or the one after it."""
-    (found,) = ranks(kill_at_random, 1, tmp_path, 20)
+    found = alone.submit(kill_at_random, tmp_path, 20).result()
     assert len(found) == 20
     for confirmed, latest, _ in found:
         assert confirmed <= latest <= confirmed + 1
