@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tpformer import Key
-from tpformer.random import normal, philox, random_words, uniform
+from tpformer.random import normal, random_words, uniform
+from tpformer_kernels import philox
 
 # https://github.com/DEShawResearch/random123, tests/kat_vectors: philox4x32, 10 rounds
 KNOWN = {  # counter, key (two words) -> four words

@@ -58,6 +58,20 @@ def start_scatter_sequence(x: Tensor, axis: Axis) -> Pending:
     return Pending(reduce_scatter(mine.view(-1), parts.view(-1), group=axis.group, async_op=True), mine)
 
 
+def start_enter(x: Tensor, mesh: Mesh) -> Pending:
+    """Start making x whole: (b, s/tp, d) -> (b, s, d) under sequence parallelism, otherwise x as it is."""
+    if mesh.sequence_parallel and mesh.tp.size > 1:
+        return start_gather_sequence(x, mesh.tp)
+    return Pending(None, x)
+
+
+def start_enter_gradient(partial: Tensor, mesh: Mesh) -> Pending:
+    """Start summing a partial gradient (b, s, d), to (b, s/tp, d) under sequence parallelism; maybe in place."""
+    if mesh.sequence_parallel and mesh.tp.size > 1:
+        return start_scatter_sequence(partial, mesh.tp)
+    return start_all_reduce(partial, mesh.tp)
+
+
 def split_sequence(x: Tensor, axis: Axis) -> Tensor:
     """View (..., s, d) as one part a rank, (tp, ..., s/tp, d).
 
@@ -71,11 +85,15 @@ def split_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 def gather_stack(x: Tensor, axis: Axis) -> Tensor:
     """Every rank's x, stacked in rank order along a new dim 0; not differentiable."""
+    return start_gather_stack(x, axis).wait()
+
+
+def start_gather_stack(x: Tensor, axis: Axis) -> Pending:
+    """Start collecting every rank's x, stacked in rank order along a new dim 0."""
     if axis.size == 1:
-        return x.unsqueeze(0)
+        return Pending(None, x.unsqueeze(0))
     stacked = x.new_empty(axis.size, *x.shape)
-    _all_gather(stacked, x, axis).wait()
-    return stacked
+    return Pending(_all_gather(stacked, x, axis), stacked)
 
 
 def _all_gather(out: Tensor, x: Tensor, axis: Axis) -> dist.Work:

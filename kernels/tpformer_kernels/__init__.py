@@ -1,8 +1,34 @@
 """Pure functions on local tensors, the hot path of the layers: no mesh, no process group, no model."""
 
-from tpformer_kernels.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
-from tpformer_kernels.gated import gated_activation
-from tpformer_kernels.norm import rms_norm
-from tpformer_kernels.rope import apply_rope
+from tpformer_kernels.backend import BACKENDS, Backend, check_backend, use_triton
+from tpformer_kernels.cross_entropy import ELSEWHERE, IGNORED, cross_entropy_gradient, cross_entropy_statistics
+from tpformer_kernels.dropout import dropout_add
+from tpformer_kernels.gated import GATES, gated_activation, gated_product
+from tpformer_kernels.gelu import bias_gelu
+from tpformer_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from tpformer_kernels.philox import philox, random_columns
+from tpformer_kernels.rope import apply_rope, split_and_rotate
 
-__all__ = ["apply_rope", "cross_entropy_gradient", "cross_entropy_statistics", "gated_activation", "rms_norm"]
+__all__ = [
+    "BACKENDS",
+    "ELSEWHERE",
+    "GATES",
+    "IGNORED",
+    "Backend",
+    "add_layer_norm",
+    "add_rms_norm",
+    "apply_rope",
+    "bias_gelu",
+    "check_backend",
+    "cross_entropy_gradient",
+    "cross_entropy_statistics",
+    "dropout_add",
+    "gated_activation",
+    "gated_product",
+    "layer_norm",
+    "philox",
+    "random_columns",
+    "rms_norm",
+    "split_and_rotate",
+    "use_triton",
+]

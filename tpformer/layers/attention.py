@@ -12,7 +12,7 @@ from tpformer.layers.norm import RMSNorm
 from tpformer.mesh import Axis, Mesh, divide
 from tpformer.placement import Piece, Placement
 from tpformer.random import Key
-from tpformer_kernels import apply_rope
+from tpformer_kernels import Backend, apply_rope, split_and_rotate
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class AttentionConfig:
     causal: bool = True
     dropout: float = 0.0
     norm_eps: float = 1e-5
+    backend: Backend = "auto"
 
 
 class SelfAttention(nn.Module):
@@ -52,22 +53,29 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnParallelLinear(c.hidden_size, rows.shape[0], c.qkv_bias, mesh=mesh, rows=rows)
         self.out = RowParallelLinear(c.num_heads * c.head_dim, c.hidden_size, c.out_bias, mesh=mesh)
         if c.qk_norm:  # shared by heads that lie on different ranks
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps, mesh=mesh, partial_gradient=True)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps, mesh=mesh, partial_gradient=True)
+            self.q_norm = self._head_norm()
+            self.k_norm = self._head_norm()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, key: Key | None = None) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; a key switches dropout on."""
         c = self.config
         group = self.local_heads // self.local_kv_heads  # query heads to a KV head
         qkv = self.qkv(x).unflatten(-1, (self.local_kv_heads, group + 2, c.head_dim))
-        q = qkv[..., :group, :].flatten(2, 3)  # (b, s, heads/tp, head_dim)
-        k, v = qkv[..., group, :], qkv[..., group + 1, :]  # (b, s, kv_heads/tp, head_dim)
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if rope is not None and not c.qk_norm:
+            q, k, v = split_and_rotate(qkv, *rope, backend=c.backend)
+        else:
+            q = qkv[..., :group, :].flatten(2, 3)  # (b, s, heads/tp, head_dim)
+            k, v = qkv[..., group, :], qkv[..., group + 1, :]  # (b, s, kv_heads/tp, head_dim)
+            if c.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if rope is not None:
+                q, k = apply_rope(q, k, *rope, backend=c.backend)
         y = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key)  # (b, heads/tp, s, head_dim)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _head_norm(self) -> RMSNorm:
+        c = self.config
+        return RMSNorm(c.head_dim, c.norm_eps, mesh=self.mesh, partial_gradient=True, backend=c.backend)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None) -> Tensor:
         """softmax(q kᵀ / sqrt(head_dim)) v: q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim)."""

@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 
 from tpformer.layers.dropout import residual_dropout
+from tpformer.layers.norm import add_norm
 from tpformer.mesh import Mesh
 from tpformer.random import Key
+from tpformer_kernels import Backend
 
 
 class DecoderBlock(nn.Module):
@@ -22,9 +24,10 @@ class DecoderBlock(nn.Module):
         *,
         dropout: float = 0.0,
         mesh: Mesh = Mesh(),
+        backend: Backend = "auto",
     ):
         super().__init__()
-        self.dropout, self.mesh = dropout, mesh
+        self.dropout, self.mesh, self.backend = dropout, mesh, backend
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
@@ -32,5 +35,12 @@ class DecoderBlock(nn.Module):
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; a key switches dropout on."""
         keys = [key.fold(use) if key else None for use in ("attention", "after attention", "after mlp")]
         attended = self.attention(self.attention_norm(x), rope, keys[0])
-        x = x + residual_dropout(attended, self.dropout, keys[1], self.mesh)
-        return x + residual_dropout(self.mlp(self.mlp_norm(x)), self.dropout, keys[2], self.mesh)
+        if key is None or self.dropout == 0:
+            normed, x = add_norm(self.mlp_norm, attended, x)
+        else:
+            x = self._drop_add(attended, x, keys[1])
+            normed = self.mlp_norm(x)
+        return self._drop_add(self.mlp(normed), x, keys[2])
+
+    def _drop_add(self, x: Tensor, residual: Tensor, key: Key | None) -> Tensor:
+        return residual_dropout(x, residual, self.dropout, key, self.mesh, backend=self.backend)

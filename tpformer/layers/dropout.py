@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tpformer.mesh import Mesh
 from tpformer.random import Key, random_words
+from tpformer_kernels import Backend, dropout_add
 
 
 def check_dropout(p: float, name: str = "dropout") -> None:
@@ -13,16 +14,14 @@ def check_dropout(p: float, name: str = "dropout") -> None:
         raise ValueError(f"{name} ({p}) must be at least 0 and below 1")
 
 
-def residual_dropout(x: Tensor, p: float, key: Key | None, mesh: Mesh) -> Tensor:
-    """Dropout on the residual stream, (b, s, d) or, under sequence parallelism, (b, s/tp, d); none without a key."""
+def residual_dropout(
+    x: Tensor, residual: Tensor | None, p: float, key: Key | None, mesh: Mesh, *, backend: Backend = "auto"
+) -> Tensor:
+    """residual + dropout(x), (b, s, d) or, under sequence parallelism, (b, s/tp, d); no dropout without a key."""
     if p == 0 or key is None:
-        return x
-    samples, positions = x.shape[:2]
-    first = mesh.tp.rank * positions if mesh.sequence_parallel else 0
-    sample = key.sample + torch.arange(samples, device=x.device).unsqueeze(1)
-    position = first + torch.arange(positions, device=x.device)
-    words = random_words(key, (position, sample, torch.zeros_like(position)), 0, x.shape[2])
-    return _drop(x, words, p)
+        return x if residual is None else residual + x
+    first = mesh.tp.rank * x.shape[1] if mesh.sequence_parallel else 0
+    return dropout_add(x, residual, p, (key.seed, key.sample, first), backend=backend)
 
 
 def attention_dropout(probabilities: Tensor, p: float, key: Key | None, first_head: int) -> Tensor:
@@ -34,8 +33,4 @@ def attention_dropout(probabilities: Tensor, p: float, key: Key | None, first_he
     sample = key.sample + torch.arange(samples, device=device).view(-1, 1, 1)
     head = first_head + torch.arange(heads, device=device).view(-1, 1)
     words = random_words(key, (torch.arange(queries, device=device), sample, head), 0, keys)
-    return _drop(probabilities, words, p)
-
-
-def _drop(x: Tensor, words: Tensor, p: float) -> Tensor:
-    return (x * (1 / (1 - p))).masked_fill(words < round(p * 2**32), 0.0)
+    return (probabilities * (1 / (1 - p))).masked_fill(words < round(p * 2**32), 0.0)

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpformer.collectives import (
-    Pending,
     all_reduce_,
     gather_features,
     split_features,
-    start_all_reduce,
-    start_gather_sequence,
+    start_enter,
+    start_enter_gradient,
     start_scatter_sequence,
 )
 from tpformer.layers.init import draw_uniform
@@ -26,7 +25,7 @@ class ColumnParallelLinear(nn.Module):
 
     x[B, S, D] · W[D, F_tp] -> y[B, S, F_tp], or y[B, S, F] with gather_output. Under sequence parallelism x is
     x[B, S_tp, D]. Backward sums dx over tp, while it computes dW.
-    interleave: how many outputs share the weight, row by row; forward returns a tuple of that many (gate|up).
+    interleave: how many outputs share the weight, row by row (gate|up); `apart` returns each by itself.
     rows: a placement of the weight's rows other than an even split (copied key and value heads).
     Raises ValueError if out_features is not divisible by tp. Source: arXiv 1909.08053, section 3.
     """
@@ -58,12 +57,17 @@ class ColumnParallelLinear(nn.Module):
             self.placements["bias"] = Placement(rows.shape[:1], 0, rows.pieces, rows.partial)
         draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
 
-    def forward(self, x: Tensor) -> Any:
-        """(b, s, d) -> (b, s, f/tp), or a tuple of them when interleaved; (b, s, f) with gather_output."""
-        outputs = column_linear(x, self.weight, self.bias, self.mesh, self.interleave)
-        if self.gather_output:
-            outputs = tuple(gather_features(y, self.mesh.tp) for y in outputs)
-        return outputs if self.interleave > 1 else outputs[0]
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, s, d) -> (b, s, f/tp); (b, s, f) with gather_output."""
+        y = column_linear(x, self.weight, self.bias, self.mesh)[0]
+        return gather_features(y, self.mesh.tp) if self.gather_output else y
+
+    def apart(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(b, s, d) -> `interleave` tensors (b, s, f/interleave/tp): every such column of what forward returns.
+
+        A matmul each over a strided weight: on a CPU cheaper than to take the columns apart afterwards.
+        """
+        return column_linear(x, self.weight, self.bias, self.mesh, self.interleave)
 
 
 class RowParallelLinear(nn.Module):
@@ -128,7 +132,7 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.mesh, ctx.interleave = mesh, interleave
         ctx.save_for_backward(x, weight)  # under sequence parallelism only (b, s/tp, d): gathered again in backward
         biases = (None,) * interleave if bias is None else bias.unflatten(0, (-1, interleave)).unbind(1)
-        x = _gathered(x, mesh).wait()
+        x = start_enter(x, mesh).wait()
         # each output's rows are a strided matrix inside the weight, which BLAS multiplies where it lies
         parts = weight.unflatten(0, (-1, interleave)).unbind(1)
         return tuple(F.linear(x, w, b) for w, b in zip(parts, biases, strict=True))
@@ -138,7 +142,7 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         mesh, interleave = ctx.mesh, ctx.interleave
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        whole_x = _gathered(x, mesh) if needs_weight else None
+        whole_x = start_enter(x, mesh) if needs_weight else None
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]  # (b·s, f/interleave/tp)
         dx = None
         if needs_x:
@@ -146,7 +150,7 @@ class _ColumnLinear(torch.autograd.Function):
             partial = dys[0] @ parts[0]
             for dy, w in zip(dys[1:], parts[1:], strict=True):
                 partial.addmm_(dy, w)
-            dx = _start_sum(partial.view(*grads[0].shape[:-1], -1), mesh)
+            dx = start_enter_gradient(partial.view(*grads[0].shape[:-1], -1), mesh)
         dweight = dbias = None
         if whole_x is not None:
             flat = whole_x.wait().reshape(-1, weight.shape[1])
@@ -171,22 +175,8 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dy = _gathered(dy, ctx.mesh).wait()  # (b, s, f)
+        dy = start_enter(dy, ctx.mesh).wait()  # (b, s, f)
         flat = dy.reshape(-1, dy.shape[-1])
         dx = (flat @ weight).view_as(x) if ctx.needs_input_grad[0] else None
         dweight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         return dx, dweight, None
-
-
-def _gathered(x: Tensor, mesh: Mesh) -> Pending:
-    """Start making x whole: (b, s/tp, d) -> (b, s, d) under sequence parallelism, otherwise x as it is."""
-    if mesh.sequence_parallel and mesh.tp.size > 1:
-        return start_gather_sequence(x, mesh.tp)
-    return Pending(None, x)
-
-
-def _start_sum(partial: Tensor, mesh: Mesh) -> Pending:
-    """Start summing a partial gradient (b, s, d), to (b, s/tp, d) under sequence parallelism."""
-    if mesh.sequence_parallel and mesh.tp.size > 1:
-        return start_scatter_sequence(partial, mesh.tp)
-    return start_all_reduce(partial, mesh.tp)

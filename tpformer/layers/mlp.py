@@ -3,12 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear, column_linear
 from tpformer.mesh import Mesh, divide
-from tpformer_kernels import gated_activation
+from tpformer_kernels import GATES, Backend, bias_gelu, gated_activation, gated_product, use_triton
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
-GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 class MLP(nn.Module):
@@ -25,17 +24,21 @@ class MLP(nn.Module):
         bias: bool = True,
         *,
         mesh: Mesh = Mesh(),
+        backend: Backend = "auto",
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
         divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
-        self.activation = activation
+        self.activation, self.backend, self.mesh = activation, backend, mesh
         self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, bias, mesh=mesh)
         self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
+        if self.activation != "relu" and use_triton(self.backend, x):  # the bias costs no pass of its own, nor its sum
+            hidden = column_linear(x, self.up.weight, None, self.mesh)[0]  # (b, s, f/tp)
+            return self.down(bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend))
         hidden = self.up(x)  # (b, s, f/tp)
         if self.activation == "relu":
             return self.down(F.relu(hidden))
@@ -57,16 +60,19 @@ class GatedMLP(nn.Module):
         bias: bool = False,
         *,
         mesh: Mesh = Mesh(),
+        backend: Backend = "auto",
     ):
         super().__init__()
-        if activation not in GATED_ACTIVATIONS:
-            raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GATED_ACTIVATIONS)}")
+        if activation not in GATES:
+            raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GATES)}")
         divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
-        self.activation = activation
+        self.activation, self.backend, self.mesh = activation, backend, mesh
         self.gate_up = ColumnParallelLinear(hidden_size, 2 * ffn_hidden_size, bias, mesh=mesh, interleave=2)
         self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
-        gate, up = self.gate_up(x)  # each (b, s, f/tp)
-        return self.down(gated_activation(gate, up, self.activation))
+        if use_triton(self.backend, x):  # one matmul; the kernel reads gate and up where they lie, side by side
+            return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend))
+        gate, up = self.gate_up.apart(x)  # each (b, s, f/tp)
+        return self.down(gated_product(gate, up, self.activation))

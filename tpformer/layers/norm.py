@@ -1,12 +1,11 @@
 """RMSNorm and LayerNorm: a copy on every rank, whose gradient is partial under sequence parallelism."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpformer.mesh import Mesh
 from tpformer.placement import replicated
-from tpformer_kernels import rms_norm
+from tpformer_kernels import Backend, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -15,24 +14,36 @@ class RMSNorm(nn.Module):
     partial_gradient: each rank sees other tokens or heads than its peers (by default: sequence parallelism).
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, mesh: Mesh = Mesh(), partial_gradient: bool | None = None):
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        *,
+        mesh: Mesh = Mesh(),
+        partial_gradient: bool | None = None,
+        backend: Backend = "auto",
+    ):
         super().__init__()
-        self.mesh, self.eps = mesh, eps
+        self.mesh, self.eps, self.backend = mesh, eps, backend
         self.weight = nn.Parameter(torch.ones(dim))
         partial = mesh.sequence_parallel if partial_gradient is None else partial_gradient
         self.placements = {"weight": replicated((dim,), mesh.tp, partial)}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, backend=self.backend)
+
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum, in one pass; (..., d), (..., d) -> two of (..., d)."""
+        return add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) · weight + bias over the last dim (arXiv 1607.06450); x[..., D] -> y[..., D]."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, mesh: Mesh = Mesh()):
+    def __init__(self, dim: int, eps: float = 1e-5, *, mesh: Mesh = Mesh(), backend: Backend = "auto"):
         super().__init__()
-        self.mesh, self.eps = mesh, eps
+        self.mesh, self.eps, self.backend = mesh, eps, backend
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         placement = replicated((dim,), mesh.tp, mesh.sequence_parallel)
@@ -40,4 +51,16 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum, in one pass; (..., d), (..., d) -> two of (..., d)."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, backend=self.backend)
+
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x + residual) and that sum; in one pass where the norm is one of these."""
+    if isinstance(norm, RMSNorm | LayerNorm):
+        return norm.after_add(x, residual)
+    total = residual + x
+    return norm(total), total

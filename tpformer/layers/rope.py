@@ -53,10 +53,12 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling = RopeSca
 
 
 def rope_table(length: int, head_dim: int, theta: float, scaling: RopeScaling, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, each (length, 1, head_dim/2), on the device and in the dtype of `like`."""
-    frequencies, factor = rope_frequencies(head_dim, theta, scaling)
-    angles = torch.outer(torch.arange(length).float(), frequencies).unsqueeze(1)
-    return (angles.cos() * factor).to(like), (angles.sin() * factor).to(like)
+    """cos and sin of every position, each (length, 1, head_dim/2), fp32 or the wider dtype of `like`, on its device."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    with torch.device(like.device):  # no copy from the host in the middle of a step
+        frequencies, factor = rope_frequencies(head_dim, theta, scaling)
+        angles = torch.outer(torch.arange(length).float(), frequencies).unsqueeze(1)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from tpformer.collectives import gather_features
-from tpformer.layers.cross_entropy import vocab_parallel_cross_entropy
+from tpformer.layers.cross_entropy import LossOptions
 from tpformer.layers.linear import column_linear
+from tpformer.layers.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from tpformer.random import Key
 
 
@@ -30,8 +31,8 @@ def full_logits(self: Any, tokens: Tensor) -> Tensor:
 
 
 def loss(self: Any, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
-    """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; logits are never gathered."""
-    logits = self(tokens, key=key)
-    return vocab_parallel_cross_entropy(
-        logits, targets, self.mesh, z_loss=z_loss, vocab_size=self.config.vocab_size, inplace=True
-    )
+    """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; whole logits never exist."""
+    weight = self.embedding.weight if self.head is None else self.head.weight
+    x = self.hidden_states(tokens, key=key)
+    options: LossOptions = {"vocab_size": self.config.vocab_size, "backend": self.config.backend, "z_loss": z_loss}
+    return vocab_parallel_linear_cross_entropy(x, weight, targets, self.mesh, **options)

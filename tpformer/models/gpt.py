@@ -16,6 +16,7 @@ from tpformer.models.decoder import check_length, full_logits, loss, to_logits
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
 from tpformer.random import Key
+from tpformer_kernels import Backend, check_backend
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ class GPTConfig:
     """On the attention probabilities."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    backend: Backend = "auto"
+    """Of the fused ops: triton, torch, or auto, which is Triton on CUDA and torch elsewhere."""
 
     def __post_init__(self) -> None:
         divide(self.hidden_size, self.num_heads, "hidden_size", "num_heads")
+        check_backend(self.backend)
         check_dropout(self.dropout)
         check_dropout(self.attention_dropout, "attention_dropout")
 
@@ -68,6 +72,7 @@ class GPTConfig:
             qkv_bias=True,
             out_bias=True,
             dropout=self.attention_dropout,
+            backend=self.backend,
         )
 
     def num_parameters(self) -> int:
@@ -102,7 +107,7 @@ class GPT(nn.Module):
             self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
             self.position = PositionEmbedding(c.max_seq_len, c.hidden_size, mesh=mesh)
             self.blocks = nn.ModuleDict({str(i): self._block() for i in range(c.num_layers)})  # names are global
-            self.norm = LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh)
+            self.norm = LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend)
             self.head = None if c.tie_embeddings else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh)
         init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
 
@@ -110,21 +115,28 @@ class GPT(nn.Module):
         c, mesh = self.config, self.mesh
         return DecoderBlock(
             SelfAttention(c.attention, mesh=mesh),
-            MLP(c.hidden_size, c.ffn_size, c.activation, mesh=mesh),
-            LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh),
-            LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh),
+            MLP(c.hidden_size, c.ffn_size, c.activation, mesh=mesh, backend=c.backend),
+            LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend),
+            LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend),
             dropout=c.dropout,
             mesh=mesh,
+            backend=c.backend,
         )
 
     def forward(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
         """int64 (b, s) -> this rank's logits (b, s, padded_vocab/tp); a key switches dropout on."""
+        return self.to_logits(self.hidden_states(tokens, key=key))
+
+    def hidden_states(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
+        """int64 (b, s) -> what the head multiplies, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
         check_length(tokens, self.config.max_seq_len)
         x = self.position(self.embedding(tokens))  # (b, s, d); from here (b, s/tp, d) if sequence-parallel
-        x = residual_dropout(x, self.config.dropout, key and key.fold("embedding"), self.mesh)
+        x = residual_dropout(
+            x, None, self.config.dropout, key and key.fold("embedding"), self.mesh, backend=self.config.backend
+        )
         for name, block in self.blocks.items():
             x = block(x, None, key and key.fold("block", name))
-        return self.to_logits(self.norm(x))
+        return self.norm(x)
 
     to_logits = to_logits
     full_logits = full_logits

@@ -17,6 +17,7 @@ from tpformer.models.decoder import check_length, full_logits, loss, to_logits
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
 from tpformer.random import Key
+from tpformer_kernels import Backend, check_backend
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class LlamaConfig:
     """On the attention probabilities."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    backend: Backend = "auto"
+    """Of the fused ops: triton, torch, or auto, which is Triton on CUDA and torch elsewhere."""
 
     def __post_init__(self) -> None:
         if self.head_dim is None:
@@ -73,6 +76,7 @@ class LlamaConfig:
         divide(self.num_heads, self.kv_heads, "num_heads", "num_kv_heads")
         if self.attention.head_dim % 2:
             raise ValueError(f"head_dim ({self.attention.head_dim}) must be even for rotary positions")
+        check_backend(self.backend)
         check_dropout(self.dropout)
         check_dropout(self.attention_dropout, "attention_dropout")
 
@@ -95,6 +99,7 @@ class LlamaConfig:
             sliding_window=self.sliding_window,
             dropout=self.attention_dropout,
             norm_eps=self.norm_eps,
+            backend=self.backend,
         )
 
     def num_parameters(self) -> int:
@@ -130,7 +135,7 @@ class Llama(nn.Module):
         with torch.device("meta"):
             self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
             self.blocks = nn.ModuleDict({str(i): self._block() for i in range(c.num_layers)})  # names are global
-            self.norm = RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh)
+            self.norm = RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend)
             self.head = None if c.tie_embeddings else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh)
         init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
 
@@ -138,23 +143,28 @@ class Llama(nn.Module):
         c, mesh = self.config, self.mesh
         return DecoderBlock(
             SelfAttention(c.attention, mesh=mesh),
-            GatedMLP(c.hidden_size, c.ffn_hidden_size, c.activation, mesh=mesh),
-            RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh),
-            RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh),
+            GatedMLP(c.hidden_size, c.ffn_hidden_size, c.activation, mesh=mesh, backend=c.backend),
+            RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend),
+            RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend),
             dropout=c.dropout,
             mesh=mesh,
+            backend=c.backend,
         )
 
     def forward(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
         """int64 (b, s) -> this rank's logits (b, s, padded_vocab/tp); a key switches dropout on."""
+        return self.to_logits(self.hidden_states(tokens, key=key))
+
+    def hidden_states(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
+        """int64 (b, s) -> what the head multiplies, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
         c = self.config
         check_length(tokens, c.max_seq_len)
         x = self.embedding(tokens)  # (b, s, d); from here to the head (b, s/tp, d) if sequence-parallel
-        x = residual_dropout(x, c.dropout, key and key.fold("embedding"), self.mesh)
+        x = residual_dropout(x, None, c.dropout, key and key.fold("embedding"), self.mesh, backend=c.backend)
         rope = rope_table(tokens.shape[1], c.attention.head_dim, c.rope_theta, c.rope_scaling, like=x)
         for name, block in self.blocks.items():
             x = block(x, rope, key and key.fold("block", name))
-        return self.to_logits(self.norm(x))
+        return self.norm(x)
 
     to_logits = to_logits
     full_logits = full_logits

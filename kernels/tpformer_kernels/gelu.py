@@ -1,0 +1,141 @@
+"""GELU (arXiv 1606.08415) with the bias before it; backward also sums the bias's gradient, in a fixed order.
+
+Forward reads one number and writes one, backward reads two and writes one: the bias costs no pass of its own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpformer_kernels.backend import Backend, use_triton
+from tpformer_kernels.gated import activate_block, activate_slope
+from tpformer_kernels.jit import jit, tl, triton
+from tpformer_kernels.library import launch, operator, rows_of
+from tpformer_kernels.tables import options
+
+GELUS = ("gelu", "gelu_tanh")
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, activation: str = "gelu", *, backend: Backend = "auto") -> Tensor:
+    """gelu(x + bias), bias optional; (..., f), (f) -> (..., f).
+
+    activation: "gelu" (erf) or "gelu_tanh". Raises ValueError for another, or for a bias of another size.
+    """
+    if activation not in GELUS:
+        raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GELUS)}")
+    if bias is not None and (x.dim() == 0 or tuple(bias.shape) != tuple(x.shape[-1:])):
+        raise ValueError(f"bias {tuple(bias.shape)} must be as long as the last dim of x {tuple(x.shape)}")
+    if use_triton(backend, x):
+        return _BiasGelu.apply(x, bias, activation == "gelu_tanh")
+    return F.gelu(x if bias is None else x + bias, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+        ctx.tanh = tanh
+        ctx.save_for_backward(x, bias)
+        return bias_gelu_forward(x, bias, tanh)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, bias = ctx.saved_tensors
+        with_bias = ctx.needs_input_grad[1]
+        dx, dbias = bias_gelu_backward(dy, x, bias, ctx.tanh, with_bias)
+        return dx, dbias.to(bias.dtype) if with_bias else None, None
+
+
+@operator("bias_gelu_forward(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape))
+def bias_gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    y = x.new_empty(x.shape)
+    flat = rows_of(x)
+    rows, columns = flat.shape
+    meta = options("bias_gelu_forward", columns, x.device)
+    grid = (triton.cdiv(rows, meta["BLOCK_ROWS"]), triton.cdiv(columns, meta["BLOCK"]))
+    bias = None if bias is None else bias.contiguous()
+    launch(_bias_gelu_forward_kernel, grid, flat, bias, y, flat.stride(0), rows, columns, ACTIVATION=1 + tanh, **meta)
+    return y
+
+
+def _empty_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, with_bias: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if with_bias else 0, dtype=torch.float32)
+
+
+@operator(
+    "bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, bool tanh, bool with_bias) -> (Tensor dx, Tensor dbias)",
+    _empty_backward,
+)
+def bias_gelu_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dbias = _empty_backward(dy, x, bias, tanh, with_bias)
+    if x.numel() == 0:
+        return dx, dbias.zero_()
+    flat, dy = rows_of(x), rows_of(dy)
+    rows, columns = flat.shape
+    meta = options("bias_gelu_backward", columns, x.device)
+    programs = min(meta["PROGRAMS"], triton.cdiv(rows, meta["BLOCK_ROWS"]))
+    parts = flat.new_empty(programs, columns, dtype=torch.float32) if with_bias else None
+    grid = (programs, triton.cdiv(columns, meta["BLOCK"]))
+    pointers = (dy, flat, None if bias is None else bias.contiguous(), dx, parts, dy.stride(0), flat.stride(0))
+    launch(_bias_gelu_backward_kernel, grid, *pointers, rows, columns, ACTIVATION=1 + tanh, **meta)
+    return dx, dbias if parts is None else parts.sum(0)
+
+
+@jit
+def _bias_gelu_forward_kernel(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    x_stride,
+    rows,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a tile of BLOCK_ROWS x BLOCK."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < columns)
+    x = tl.load(x_ptr + row * x_stride + column, mask, 0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + column, column < columns, 0.0).to(tl.float32)
+    y = activate_block(x, ACTIVATION)
+    tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@jit
+def _bias_gelu_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    parts_ptr,
+    dy_stride,
+    x_stride,
+    rows,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """One program: BLOCK columns of every PROGRAMS-th group of BLOCK_ROWS rows, whose part of dbias it sums."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
+    for first in range(program * BLOCK_ROWS, rows, PROGRAMS * BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (row < rows) & (column < columns)
+        x = tl.load(x_ptr + row * x_stride + column, mask, 0.0).to(tl.float32)
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + column, column < columns, 0.0).to(tl.float32)
+        dx = tl.load(dy_ptr + row * dy_stride + column, mask, 0.0).to(tl.float32) * activate_slope(x, ACTIVATION)
+        dbias += dx
+        tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask)
+    if parts_ptr is not None:
+        dbias = tl.sum(dbias, 0, keep_dims=True)
+        tl.store(parts_ptr + program * columns + column, dbias, column < columns)

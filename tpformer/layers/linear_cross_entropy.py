@@ -1,0 +1,178 @@
+"""The output head and its cross entropy in one, a chunk of tokens at a time: whole logits never exist.
+
+Gradients are computed in forward, while a chunk's logits are there: three matmuls and no recomputation. They are
+those of the *sum* of the losses, so that fp16 keeps its range; backward scales them.
+Sources: Liger Kernel (arXiv 2410.10989), for gradients in forward; NVIDIA TransformerEngine, for the packed exchange.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from tpformer.collectives import Pending, start_enter, start_enter_gradient, start_gather_stack
+from tpformer.layers.cross_entropy import Loss, LossOptions
+from tpformer.mesh import Mesh
+from tpformer_kernels import IGNORED
+
+CHUNK_BYTES = 512 * 2**20
+"""Memory for logits, by default: large matmuls, little beside a model that needs chunks."""
+
+Chunk = tuple[slice, Tensor, Tensor, Tensor]
+"""The tokens; their logits, which the next chunk but one overwrites; their losses; their log-sum-exp."""
+
+
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mesh: Mesh = Mesh(),
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    **options: Unpack[LossOptions],
+) -> Tensor:
+    """Cross entropy of logits x Wᵀ in nats; by default its mean over the targets that are not ignored, 0 if all are.
+
+    x[B, S, D], under sequence parallelism x[B, S_tp, D]; weight[V_tp, D]; targets[B, S] int64 with ids of the whole
+    vocabulary, the same on every tp rank. chunk_bytes: memory for logits at any one time.
+    options: those of vocab_parallel_cross_entropy. reduction="none" computes the logits again in backward.
+    Raises ValueError for sizes that do not fit and, on CPU, for a target outside the vocabulary.
+    """
+    length = x.shape[1] * (mesh.tp.size if mesh.sequence_parallel else 1)
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] != x.shape[2]:
+        raise ValueError(f"x {tuple(x.shape)} must be (b, s, d) and weight {tuple(weight.shape)} (v, d)")
+    if tuple(targets.shape) != (x.shape[0], length):
+        raise ValueError(f"targets {tuple(targets.shape)} must be (b, s), here ({x.shape[0]}, {length})")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes ({chunk_bytes}) must be at least 1")
+    loss = Loss(mesh, weight.shape[0], **options)
+    local = loss.local_targets(targets.flatten())
+    if loss.reduction == "none":
+        return _Recomputing.apply(x, weight, local, loss, chunk_bytes).view(targets.shape)
+    return _LinearCrossEntropy.apply(x, weight, local, loss, chunk_bytes, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes: int, training: bool
+    ) -> Tensor:
+        flat = start_enter(x, loss.mesh).wait().flatten(0, 1)  # (n, d)
+        dx, dweight = _gradients(flat, weight, [training and needed for needed in ctx.needs_input_grad[:2]])
+        ones = (local != IGNORED).to(_wide(x))
+        losses = torch.empty_like(ones)
+        for rows, logits, found, lse in _chunks(flat, weight, local, loss, chunk_bytes):
+            losses[rows] = found
+            if dx is not None or dweight is not None:
+                gradient = loss.gradient(logits, local[rows], lse, ones[rows], inplace=True)
+                _accumulate(gradient, flat, weight, rows, dx, dweight)
+        ctx.loss, ctx.shape, ctx.spent = loss, (*local.shape, *x.shape), False
+        ctx.dtype = weight.dtype
+        factor = loss.factor(local, losses.dtype)
+        ctx.save_for_backward(dx, dweight, factor)
+        return losses.sum() * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError("backward through this loss a second time: its gradients have been handed over")
+        ctx.spent = True
+        dx, dweight, factor = ctx.saved_tensors
+        scale = grad * factor
+        pending = None if dx is None else start_enter_gradient(_whole(dx.mul_(scale), ctx.shape), ctx.loss.mesh)
+        if dweight is not None:
+            out = dweight if dweight.dtype == ctx.dtype else dweight.new_empty(dweight.shape, dtype=ctx.dtype)
+            dweight = torch.mul(dweight, scale, out=out)
+        return None if pending is None else pending.wait(), dweight, None, None, None, None
+
+
+class _Recomputing(torch.autograd.Function):
+    """For one gradient a token, which forward does not know: backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes: int) -> Tensor:
+        flat = start_enter(x, loss.mesh).wait().flatten(0, 1)  # (n, d)
+        losses = torch.empty(local.shape, dtype=_wide(x), device=x.device)
+        sums = torch.empty_like(losses)
+        for rows, _, found, lse in _chunks(flat, weight, local, loss, chunk_bytes):
+            losses[rows], sums[rows] = found, lse
+        ctx.loss, ctx.chunk_bytes, ctx.shape = loss, chunk_bytes, (*local.shape, *x.shape)
+        ctx.save_for_backward(x, weight, local, sums)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, local, sums = ctx.saved_tensors
+        flat = start_enter(x, ctx.loss.mesh).wait().flatten(0, 1)
+        dx, dweight = _gradients(flat, weight, ctx.needs_input_grad[:2])
+        scale = grad.masked_fill(local == IGNORED, 0.0)
+        for rows in _slices(flat, weight, ctx.chunk_bytes):
+            logits = flat[rows] @ weight.t()
+            gradient = ctx.loss.gradient(logits, local[rows], sums[rows], scale[rows], inplace=True)
+            _accumulate(gradient, flat, weight, rows, dx, dweight)
+        pending = None if dx is None else start_enter_gradient(_whole(dx, ctx.shape), ctx.loss.mesh)
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        return None if pending is None else pending.wait(), dweight, None, None, None
+
+
+def _chunks(flat: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes: int) -> Iterator[Chunk]:
+    """One chunk of tokens (n, d) after another; while one's statistics travel, the next one's logits are computed."""
+    tp = loss.mesh.tp
+    ahead = 1 if tp.size > 1 else 0  # chunks under way beside the one handed out: their logits share the memory
+    slices = _slices(flat, weight, chunk_bytes // (1 + ahead))
+    size = slices[0].stop if slices else 0
+    buffers = [flat.new_empty(size, len(weight)) for _ in range(min(1 + ahead, len(slices)))]
+    waiting: list[tuple[slice, Tensor, Pending]] = []
+    for number, rows in enumerate(slices):
+        logits = buffers[number % len(buffers)][: rows.stop - rows.start]
+        torch.mm(flat[rows], weight.t(), out=logits)
+        waiting.append((rows, logits, start_gather_stack(loss.statistics(logits, local[rows]), tp)))
+        if len(waiting) > ahead:
+            yield _arrived(*waiting.pop(0), local, loss)
+    for chunk in waiting:
+        yield _arrived(*chunk, local, loss)
+
+
+def _arrived(rows: slice, logits: Tensor, statistics: Pending, local: Tensor, loss: Loss) -> Chunk:
+    return rows, logits, *loss.combine(statistics.wait(), local[rows])
+
+
+def _slices(flat: Tensor, weight: Tensor, chunk_bytes: int) -> list[slice]:
+    """As many tokens a chunk as the bytes allow, but at least one; the same on every rank."""
+    tokens = len(flat)
+    step = max(1, chunk_bytes // (len(weight) * flat.element_size()))
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def _gradients(flat: Tensor, weight: Tensor, needed: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Room for dx (n, d) and, in fp32 at least, dweight (v/tp, d): many chunks add to it."""
+    dx = torch.empty_like(flat) if needed[0] else None
+    return dx, weight.new_empty(weight.shape, dtype=_wide(weight)) if needed[1] else None
+
+
+def _accumulate(
+    gradient: Tensor, flat: Tensor, weight: Tensor, rows: slice, dx: Tensor | None, dweight: Tensor | None
+) -> None:
+    """Write dx of some tokens, and add their part of dweight, given the gradient of their logits (rows, v/tp)."""
+    if dx is not None:
+        torch.mm(gradient, weight, out=dx[rows])
+    if dweight is None:
+        return
+    beta = 0 if rows.start == 0 else 1
+    if gradient.dtype == dweight.dtype:
+        torch.addmm(dweight, gradient.t(), flat[rows], beta=beta, out=dweight)
+    elif gradient.is_cuda:  # the tensor cores' fp32 sum, added in fp32
+        torch.addmm(dweight, gradient.t(), flat[rows], beta=beta, out_dtype=dweight.dtype, out=dweight)
+    else:
+        torch.addmm(dweight, gradient.t().to(dweight.dtype), flat[rows].to(dweight.dtype), beta=beta, out=dweight)
+
+
+def _whole(dx: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(n, d) -> (b, s, d); shape is that of the targets, flat, and of this rank's x."""
+    tokens, batch, _, width = shape
+    return dx.view(batch, tokens // max(batch, 1), width)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
