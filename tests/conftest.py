@@ -1,11 +1,16 @@
 """What every test may ask for."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.distributed import Ranks
+
+# Triton reads it when it is imported, here and in the workers: on a GPU the kernels' tests run them as they are
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

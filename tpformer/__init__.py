@@ -11,6 +11,9 @@ from tpformer.layers.embedding import VocabParallelEmbedding as VocabParallelEmb
 from tpformer.layers.embedding import VocabParallelHead as VocabParallelHead
 from tpformer.layers.linear import ColumnParallelLinear as ColumnParallelLinear
 from tpformer.layers.linear import RowParallelLinear as RowParallelLinear
+from tpformer.layers.linear_cross_entropy import (
+    vocab_parallel_linear_cross_entropy as vocab_parallel_linear_cross_entropy,
+)
 from tpformer.layers.mlp import MLP as MLP
 from tpformer.layers.mlp import GatedMLP as GatedMLP
 from tpformer.layers.norm import LayerNorm as LayerNorm

@@ -81,15 +81,11 @@ def cross_entropy_gradient(
     lse = lse.masked_fill(ignored, torch.inf)
     for rows in _chunks(logits) if columns else ():
         x = _capped(logits[rows, :columns].to(lse.dtype), softcap)  # no copy in fp32 and fp64
-        y = out[rows, :columns] if out.dtype == lse.dtype and not softcap else torch.empty_like(x)
         a, b, c = (w[rows].masked_fill(ignored[rows], 0.0).unsqueeze(1) for w in weights)
         target = targets[rows].unsqueeze(1)
-        torch.sub(x, lse[rows].unsqueeze(1), out=y).exp_().mul_(a).sub_(c)
+        y = (x - lse[rows].unsqueeze(1)).exp_().mul_(a).sub_(c)
         y.scatter_add_(1, target.clamp(min=0), -b.where(target >= 0, 0.0))
-        if softcap:
-            y.mul_(1 - (x / softcap).square())
-        if y.data_ptr() != out[rows].data_ptr():
-            out[rows, :columns] = y
+        out[rows, :columns] = y.mul_(1 - (x / softcap).square()) if softcap else y
     out[:, columns:] = 0.0
     return out
 

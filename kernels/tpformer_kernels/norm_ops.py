@@ -22,11 +22,11 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 def _empty_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool
 ) -> Outputs:
-    """y, the sum, mean and rstd; what is not asked for is empty, because an output must not be an input."""
+    """y, the sum, mean and rstd; one that is not asked for is empty, as none may be an input or another output."""
     statistic = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    absent = x.new_empty(0)
-    total = absent if residual is None else residual.new_empty(x.shape)
-    return x.new_empty(x.shape), total, torch.empty_like(statistic) if center else absent, statistic
+    total = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    mean = torch.empty_like(statistic) if center else x.new_empty(0)
+    return x.new_empty(x.shape), total, mean, statistic
 
 
 @operator(
@@ -72,9 +72,9 @@ def _empty_backward(
     with_weight: bool,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    absent = x.new_empty(0, dtype=torch.float32)
-    vector = x.new_empty(x.shape[-1], dtype=torch.float32)
-    return x.new_empty(x.shape), vector if with_weight else absent, torch.empty_like(vector) if with_bias else absent
+    lengths = (x.shape[-1] if asked else 0 for asked in (with_weight, with_bias))
+    dweight, dbias = (x.new_empty(length, dtype=torch.float32) for length in lengths)
+    return x.new_empty(x.shape), dweight, dbias
 
 
 @operator(

@@ -62,10 +62,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y_first, y_second = y.chunk(2, dim=-1)
-    if cos.dtype == x.dtype:
+    if cos.dtype == x.dtype and not torch.compiler.is_compiling():  # which cannot follow an out= that is strided
         torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-sign)
         torch.mul(second, cos, out=y_second).addcmul_(first, sin, value=sign)
-    else:  # the tables are fp32, and so is the arithmetic
+    else:  # in the tables' dtype, fp32
         y_first.copy_(first * cos - second * (sign * sin))
         y_second.copy_(second * cos + first * (sign * sin))
     return y
@@ -217,18 +217,18 @@ def _rope_kernel(
         source = q_ptr + b * q_stride_b + s * q_stride_s + kv * q_stride_kv + g * q_stride_g
         target = q_out_ptr + b * q_out_stride_b + s * q_out_stride_s + kv * q_out_stride_kv + g * q_out_stride_g
         _rotate_heads(source, target, cos, sin, i, half, head < heads)
-    else:
-        head = (part - q_blocks) * K_BLOCK + tl.arange(0, K_BLOCK)[:, None]
+    else:  # other names: their shapes are others, and Triton joins what two branches call the same
+        kv_head = (part - q_blocks) * K_BLOCK + tl.arange(0, K_BLOCK)[:, None]
         if part < q_blocks + k_blocks:
-            source = k_ptr + b * k_stride_b + s * k_stride_s + head.to(tl.int64) * k_stride_h
-            target = k_out_ptr + b * k_out_stride_b + s * k_out_stride_s + head.to(tl.int64) * k_out_stride_h
-            _rotate_heads(source, target, cos, sin, i, half, head < kv_heads)
+            k_source = k_ptr + b * k_stride_b + s * k_stride_s + kv_head.to(tl.int64) * k_stride_h
+            k_target = k_out_ptr + b * k_out_stride_b + s * k_out_stride_s + kv_head.to(tl.int64) * k_out_stride_h
+            _rotate_heads(k_source, k_target, cos, sin, i, half, kv_head < kv_heads)
         elif v_ptr is not None:
-            head -= k_blocks * K_BLOCK
-            source = v_ptr + b * v_stride_b + s * v_stride_s + head.to(tl.int64) * v_stride_h
-            target = v_out_ptr + b * v_out_stride_b + s * v_out_stride_s + head.to(tl.int64) * v_out_stride_h
+            v_head = (kv_head - k_blocks * K_BLOCK).to(tl.int64)
+            v_source = v_ptr + b * v_stride_b + s * v_stride_s + v_head * v_stride_h
+            v_target = v_out_ptr + b * v_out_stride_b + s * v_out_stride_s + v_head * v_out_stride_h
             # no rotation is one by the angle 0
-            _rotate_heads(source, target, tl.full((1, HALF), 1.0, tl.float32), 0.0, i, half, head < kv_heads)
+            _rotate_heads(v_source, v_target, tl.full((1, HALF), 1.0, tl.float32), 0.0, i, half, v_head < kv_heads)
 
 
 @jit

@@ -16,8 +16,8 @@ from tpformer.layers.cross_entropy import Loss, LossOptions
 from tpformer.mesh import Mesh
 from tpformer_kernels import IGNORED
 
-CHUNK_BYTES = 512 * 2**20
-"""Memory for logits, by default: large matmuls, little beside a model that needs chunks."""
+LEAST_CHUNK = 256 * 2**20
+"""Bytes of a chunk of logits, at least, by default: fewer tokens would make poor matmuls and many collectives."""
 
 Chunk = tuple[slice, Tensor, Tensor, Tensor]
 """The tokens; their logits, which the next chunk but one overwrites; their losses; their log-sum-exp."""
@@ -29,13 +29,14 @@ def vocab_parallel_linear_cross_entropy(
     targets: Tensor,
     mesh: Mesh = Mesh(),
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     **options: Unpack[LossOptions],
 ) -> Tensor:
     """Cross entropy of logits x Wᵀ in nats; by default its mean over the targets that are not ignored, 0 if all are.
 
     x[B, S, D], under sequence parallelism x[B, S_tp, D]; weight[V_tp, D]; targets[B, S] int64 with ids of the whole
-    vocabulary, the same on every tp rank. chunk_bytes: memory for logits at any one time.
+    vocabulary, the same on every tp rank. chunk_bytes: of one chunk of logits (with tp > 1 two are there at a time);
+    by default as many as the weight has: each chunk reads and writes the whole gradient of the weight, in fp32.
     options: those of vocab_parallel_cross_entropy. reduction="none" computes the logits again in backward.
     Raises ValueError for sizes that do not fit and, on CPU, for a target outside the vocabulary.
     """
@@ -44,7 +45,9 @@ def vocab_parallel_linear_cross_entropy(
         raise ValueError(f"x {tuple(x.shape)} must be (b, s, d) and weight {tuple(weight.shape)} (v, d)")
     if tuple(targets.shape) != (x.shape[0], length):
         raise ValueError(f"targets {tuple(targets.shape)} must be (b, s), here ({x.shape[0]}, {length})")
-    if chunk_bytes < 1:
+    if chunk_bytes is None:
+        chunk_bytes = max(LEAST_CHUNK, weight.nbytes)
+    elif chunk_bytes < 1:
         raise ValueError(f"chunk_bytes ({chunk_bytes}) must be at least 1")
     loss = Loss(mesh, weight.shape[0], **options)
     local = loss.local_targets(targets.flatten())
@@ -119,8 +122,8 @@ class _Recomputing(torch.autograd.Function):
 def _chunks(flat: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes: int) -> Iterator[Chunk]:
     """One chunk of tokens (n, d) after another; while one's statistics travel, the next one's logits are computed."""
     tp = loss.mesh.tp
-    ahead = 1 if tp.size > 1 else 0  # chunks under way beside the one handed out: their logits share the memory
-    slices = _slices(flat, weight, chunk_bytes // (1 + ahead))
+    ahead = 1 if tp.size > 1 else 0  # chunks under way beside the one handed out
+    slices = _slices(flat, weight, chunk_bytes)
     size = slices[0].stop if slices else 0
     buffers = [flat.new_empty(size, len(weight)) for _ in range(min(1 + ahead, len(slices)))]
     waiting: list[tuple[slice, Tensor, Pending]] = []

@@ -1,5 +1,6 @@
 """The two kinds of feed-forward block, their inner features split over tp."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,7 +73,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
-        if use_triton(self.backend, x):  # one matmul; the kernel reads gate and up where they lie, side by side
+        # one matmul; a kernel, Triton's or the compiler's, reads gate and up where they lie, side by side
+        if use_triton(self.backend, x) or torch.compiler.is_compiling():
             return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend))
         gate, up = self.gate_up.apart(x)  # each (b, s, f/tp)
         return self.down(gated_product(gate, up, self.activation))

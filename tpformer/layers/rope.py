@@ -39,9 +39,12 @@ class RopeScaling:
             raise ValueError(f"rope scaling factor ({self.factor}) must be at least 1")
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()) -> tuple[Tensor, float]:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling = RopeScaling(), device: torch.device | None = None
+) -> tuple[Tensor, float]:
     """The angle per position of each pair, (head_dim/2) fp32, and the factor on cos and sin."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies = 1.0 / theta**exponents
     if scaling.kind == "none":
         return frequencies, 1.0
     if scaling.kind == "linear":
@@ -55,9 +58,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling = RopeSca
 def rope_table(length: int, head_dim: int, theta: float, scaling: RopeScaling, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, each (length, 1, head_dim/2), fp32 or the wider dtype of `like`, on its device."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    with torch.device(like.device):  # no copy from the host in the middle of a step
-        frequencies, factor = rope_frequencies(head_dim, theta, scaling)
-        angles = torch.outer(torch.arange(length).float(), frequencies).unsqueeze(1)
+    frequencies, factor = rope_frequencies(head_dim, theta, scaling, like.device)
+    angles = torch.outer(torch.arange(length, device=like.device).float(), frequencies).unsqueeze(1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
@@ -78,5 +80,5 @@ def _yarn(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
 
     low = max(math.floor(dim_of(scaling.beta_fast)), 0)
     high = min(math.ceil(dim_of(scaling.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, device=frequencies.device).float() - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
