@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help pretrain test lint types check benchmark wheel clean
+.PHONY: help pretrain test lint types check benchmark gpu tune wheel clean
 
 help:
 	@echo "make pretrain    train a small byte-level model on Python's own library source, on $(NPROC) processes"
@@ -16,6 +16,8 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make check       tests, lint and types: what to run before a change is sent"
 	@echo "make benchmark   time a training step beside other tensor-parallel frameworks"
+	@echo "make gpu         on a CUDA device, with the $(PYTHON) at hand: the kernels' tests and, if green, their speed"
+	@echo "make tune        on a CUDA device: find the kernels' launch options (ARGS=--write keeps them)"
 	@echo "make wheel       build the wheel into dist/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -42,6 +44,18 @@ check: test lint types
 
 benchmark: $(VENV)/installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node 2 -m benchmarks.training $(ARGS)
+
+# A machine with a GPU has its own build of torch, and maybe no network to make .venv from
+CUDA_PYTHON := env -u TRITON_INTERPRET PYTHONPATH=.:kernels $(PYTHON)
+
+# other versions of torch and Triton have warnings of their own, which are no errors there
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
+	$(CUDA_PYTHON) -m pytest tests/kernels tests/proofs/test_on_device.py -p no:cacheprovider -W default
+	$(CUDA_PYTHON) -m benchmarks.kernels $(ARGS)
+
+tune:
+	$(CUDA_PYTHON) -m benchmarks.tune $(ARGS)
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel

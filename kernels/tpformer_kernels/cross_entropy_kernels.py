@@ -25,8 +25,8 @@ def statistics(logits: Tensor, targets: Tensor, columns: int, with_sum: bool, so
     width = triton.cdiv(triton.cdiv(columns, splits), block) * block
     parts = logits.new_empty(tokens, splits, 4 if with_sum else 3, dtype=torch.float32)
     pointers = (logits, targets.contiguous(), parts, logits.stride(0))
-    shapes = (columns, width, parts.shape[2])
-    launch(_statistics_kernel, (tokens, splits), *pointers, *shapes, softcap, CAPPED=softcap != 0, **meta)
+    flags = {"CAPPED": softcap != 0, "NUMBERS": parts.shape[2]}
+    launch(_statistics_kernel, (tokens, splits), *pointers, columns, width, softcap, **flags, **meta)
     if splits == 1:
         return parts.squeeze(1)
     top = parts[..., 0].amax(1, keepdim=True)
@@ -75,14 +75,14 @@ def _statistics_kernel(
     stride,
     columns,
     width,
-    numbers,
     softcap,
     CAPPED: tl.constexpr,
+    NUMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: `width` columns of one row, online: whenever the maximum rises, what was summed is scaled down."""
     row = tl.program_id(0).to(tl.int64)
-    out = parts_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * numbers
+    out = parts_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * NUMBERS
     target = tl.load(targets_ptr + row)
     floor = -3.4028234663852886e38  # a finite start, so that -inf - top is never NaN
     top, sums = floor, tl.where(tl.program_id(1) == 0, 1.0, 0.0)
@@ -100,7 +100,7 @@ def _statistics_kernel(
             higher = tl.maximum(top, tl.max(x, 0))
             exponentials = exponentials * tl.exp(top - higher) + tl.exp(x - higher)
             top = higher
-            if numbers == 4:
+            if NUMBERS == 4:
                 plain += tl.where(column < last, x, 0.0)
         sums = tl.sum(exponentials, 0)
         plain_sum = tl.sum(plain, 0)
@@ -114,7 +114,7 @@ def _statistics_kernel(
     tl.store(out, top)
     tl.store(out + 1, sums)
     tl.store(out + 2, target_logit)
-    if numbers == 4:
+    if NUMBERS == 4:
         tl.store(out + 3, plain_sum)
 
 
