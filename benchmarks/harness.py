@@ -26,6 +26,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,6 +113,21 @@ def timed_step(step: Step | None, device: torch.device) -> Sample:
     if busy is None or after is None:
         return Sample(seconds, None)
     return Sample(seconds, (after - busy - own_total) / window)
+
+
+def seconds_alone(step: Step, device: torch.device) -> float:
+    """Time one step of this process alone: by the device's own clock on CUDA, launches included."""
+    synchronize(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    step()
+    end.record()
+    synchronize(device)
+    return begin.elapsed_time(end) / 1e3
 
 
 def run_rounds(steps: dict[str, Step | None], rounds: int, device: torch.device, label: str) -> dict[str, list[Sample]]:
@@ -213,12 +229,19 @@ def tuning_variables() -> dict[str, str]:
     return found | ({"LD_PRELOAD": " ".join(Path(name).name for name in preloaded)} if preloaded else {})
 
 
+def random_text(vocab: int, batch: int, seq: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random tokens and their targets, each (batch, seq), the same on every rank and device."""
+    text = torch.randint(vocab, (batch, seq + 1), generator=torch.Generator().manual_seed(seed)).to(device)
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
 def environment(module: str, device: torch.device) -> dict[str, Any]:
-    """Where and how a benchmark ran, for the record; `module` is the name that torchrun was given."""
-    launcher = f"torchrun --nproc-per-node {dist.get_world_size()} -m {module}"
+    """Where and how a benchmark ran, for the record; `module` is the name that torchrun or python was given."""
+    launched = dist.is_initialized()
+    launcher = f"{f'torchrun --nproc-per-node {dist.get_world_size()}' if launched else 'python'} -m {module}"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
-        "backend": dist.get_backend(),
+        "backend": dist.get_backend() if launched else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),

@@ -1,7 +1,9 @@
 """The benchmark's peers are the model they claim to be: Hugging Face's Llama, whole or cut by DTensor."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.peers import dtensor
+from benchmarks.peers.huggingface import HuggingFaceLlama, from_plain, liger_kernels
 from benchmarks.peers.plain import PlainLlama, PlainLlamaConfig, load_from_tpformer
 
 CONFIG = PlainLlamaConfig(
@@ -42,53 +45,35 @@ def batch() -> tuple[Tensor, Tensor]:
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-def hugging_face_state(model: PlainLlama) -> dict[str, Tensor]:
-    """The plain model's weights under the names of LlamaForCausalLM."""
-    state = {
-        "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    names = {
-        "attention_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "attention.q": "self_attn.q_proj",
-        "attention.k": "self_attn.k_proj",
-        "attention.v": "self_attn.v_proj",
-        "attention.out": "self_attn.o_proj",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.up": "mlp.up_proj",
-        "mlp.down": "mlp.down_proj",
-    }
-    for index, block in enumerate(model.blocks):
-        for ours, theirs in names.items():
-            state[f"model.layers.{index}.{theirs}.weight"] = block.get_parameter(f"{ours}.weight")
-    return {name: tensor.detach() for name, tensor in state.items()}
-
-
 def test_plain_is_hugging_faces_llama() -> None:
-    transformers = pytest.importorskip("transformers")
-    plain = tiny_plain()
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=CONFIG.hidden_size,
-            num_hidden_layers=CONFIG.num_layers,
-            num_attention_heads=CONFIG.num_heads,
-            num_key_value_heads=CONFIG.num_kv_heads,
-            intermediate_size=CONFIG.ffn_hidden_size,
-            max_position_embeddings=CONFIG.max_seq_len,
-            rms_norm_eps=CONFIG.norm_eps,
-            tie_word_embeddings=False,
-        )
-    )
-    theirs.load_state_dict(hugging_face_state(plain))
-    tokens, _ = batch()
-    # Their loss shifts the labels itself, so that the last position has none.
-    shifted = torch.cat((tokens[:, 1:], torch.full((2, 1), -100)), dim=1)
-    output = theirs(tokens, labels=tokens)
-    torch.testing.assert_close(plain(tokens), output.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(plain.loss(tokens, shifted), output.loss, atol=1e-5, rtol=1e-5)
+    pytest.importorskip("transformers")
+    plain, theirs = tiny_plain(), HuggingFaceLlama(CONFIG)
+    theirs.causal.load_state_dict(from_plain({name: p.detach() for name, p in plain.named_parameters()}))
+    tokens, targets = batch()
+    torch.testing.assert_close(plain(tokens), theirs.causal(tokens).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain.loss(tokens, targets), theirs.loss(tokens, targets), atol=1e-5, rtol=1e-5)
+
+
+def test_liger_is_gone_outside_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+
+    def apply() -> None:  # what apply_liger_kernel_to_llama does, as far as the context can see
+        for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+            setattr(modeling_llama, name, None)
+        modeling_llama.LlamaForCausalLM.forward = None
+
+    liger = ModuleType("liger_kernel.transformers")
+    monkeypatch.setattr(liger, "apply_liger_kernel_to_llama", apply, raising=False)
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    before, forward = dict(vars(modeling_llama)), modeling_llama.LlamaForCausalLM.forward
+    inside = liger_kernels()
+    for _ in range(2):
+        assert vars(modeling_llama) == before and modeling_llama.LlamaForCausalLM.forward is forward
+        with inside():
+            assert modeling_llama.apply_rotary_pos_emb is modeling_llama.LlamaMLP is None
+            assert modeling_llama.LlamaForCausalLM.forward is None
+    assert vars(modeling_llama) == before and modeling_llama.LlamaForCausalLM.forward is forward
 
 
 def worker(rank: int, function: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...]) -> None:
