@@ -82,7 +82,7 @@ def test_a_frozen_weight_gets_no_gradient_and_keeps_only_one_number_a_row() -> N
     x, weight = torch.randn(3, 4, 6, dtype=torch.bfloat16, requires_grad=True), torch.ones(6, dtype=torch.bfloat16)
     y = rms_norm(x, weight, 1e-5)
     saved = y.grad_fn.saved_tensors  # type: ignore[union-attr]
-    assert sorted(t.numel() for t in saved) == [6, 12, 72]
+    assert sorted(t.numel() for t in saved if t.numel()) == [6, 12, 72]
     assert any(t.data_ptr() == x.data_ptr() for t in saved)
     y.backward(torch.randn(3, 4, 6).bfloat16())
     assert weight.grad is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,10 +24,15 @@ from tpformer import (
     placements,
     reduce_partial_gradients,
 )
+from tpformer_kernels import Backend
+from tpformer_kernels.jit import INTERPRETED
 
 Arrays = dict[str, npt.NDArray[Any]]
 Results = dict[str, Arrays]  # of each layout and dtype
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+DTYPES: dict[Backend, list[str]] = {"torch": ["float64", "float32"], "triton": ["float32"]}
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton runs CPU tensors in its interpreter only")
+BACKENDS = ["torch", pytest.param("triton", marks=interpreted)]
 
 
 def noise(name: str, *shape: int) -> Tensor:
@@ -92,16 +98,18 @@ def evaluate(
     return {"y": whole(y.detach(), kinds[1], mesh), "dx": whole(gradient(part), kinds[0], mesh), **gradients}
 
 
-def on_layouts(case: Callable[[Mesh, torch.dtype], dict[str, Tensor]]) -> Results:
+def on_layouts(case: Callable[[Mesh, torch.dtype], dict[str, Tensor]], backend: Backend = "torch") -> Results:
     """The case's tensors in every layout and dtype, as arrays (which travel between processes more cheaply)."""
     return {
         f"{layout} {name}": {key: value.numpy() for key, value in case(mesh, getattr(torch, name)).items()}
         for layout, mesh in meshes().items()
-        for name in TOLERANCE
+        for name in DTYPES[backend]
     }
 
 
-def prove(ranks: Ranks, run: Callable[..., Results], expected: dict[str, Tensor], *args: Any) -> None:
+def prove(
+    ranks: Ranks, run: Callable[..., Results], expected: dict[str, Tensor], *args: Any, backend: Backend = "torch"
+) -> None:
     """run(*args), which ends in `on_layouts`, gives what is expected, here and on each of four processes."""
     seen: set[str] = set()
     for rank, results in enumerate([run(*args), *ranks(run, 4, *args)], start=-1):
@@ -111,7 +119,7 @@ def prove(ranks: Ranks, run: Callable[..., Results], expected: dict[str, Tensor]
             for name, value in result.items():
                 error = difference(value, expected[name])
                 assert error <= TOLERANCE[layout.split()[-1]], f"{layout}, rank {rank}: {name} is off by {error:.1e}"
-    assert len(seen) == 12
+    assert len(seen) == 6 * len(DTYPES[backend])
 
 
 def difference(value: npt.NDArray[Any], expected: Tensor) -> float:

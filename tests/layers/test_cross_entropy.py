@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.prove import Results, gradient, meshes, noise, on_layouts, prove, take, whole
+from tests.layers.losses import plain_loss
+from tests.layers.prove import Results, gradient, interpreted, meshes, noise, on_layouts, prove, take, whole
 from tpformer import Axis, Mesh, trace_communication, vocab_parallel_cross_entropy
+from tpformer_kernels import Backend
 
 B, S, V = 2, 5, 128
 
@@ -30,8 +31,17 @@ def tensors(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def options(case: dict[str, Any]) -> dict[str, Any]:
-    names = ("ignore_index", "label_smoothing", "z_loss", "vocab_size", "inplace")
+    names = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction", "vocab_size", "inplace")
     return {name: case[name] for name in names if name in case}
+
+
+def upstream(case: dict[str, Any], shape: torch.Size) -> Tensor:
+    """What backward begins with: a number or, without a reduction, a weight for each token, 0 and below too."""
+    if case.get("reduction") != "none":
+        return torch.tensor(0.7, dtype=torch.float64)
+    weights = noise("upstream", *shape)
+    weights.view(-1)[:2] = 0.0
+    return weights
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -48,6 +58,16 @@ CASES: dict[str, dict[str, Any]] = {
     "one real column": {"vocab_size": 1},
     "extreme logits": {"scale": 1e4},
     "extreme logits, smoothed": {"scale": 1e4, "label_smoothing": 0.1},
+    "softcap": {"softcap": 1.5},
+    "softcap, in place": {"softcap": 1.5, "inplace": True, "vocab_size": 60},
+    "softcap of large logits": {"softcap": 5.0, "scale": 20.0, "label_smoothing": 0.1},
+    "sum": {"reduction": "sum", "ignored": 3},
+    "sum, smoothed": {"reduction": "sum", "ignored": 3, "label_smoothing": 0.1, "z_loss": 0.01},
+    "none": {"reduction": "none", "ignored": 3},
+    "none, in place": {"reduction": "none", "ignored": 3, "vocab_size": 101, "inplace": True},
+    "none, smoothed and capped": {"reduction": "none", "softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01},
+    "none, all ignored": {"reduction": "none", "ignored": 10},
+    "sum, all ignored": {"reduction": "sum", "ignored": 10},
     "everything": {"vocab_size": 101, "ignored": 3, "label_smoothing": 0.1, "z_loss": 0.01},
     "everything, in place": {"vocab_size": 101, "ignored": 3, "label_smoothing": 0.1, "z_loss": 0.01, "inplace": True},
     "(n, v)": {"shape": (7,), "vocab_size": 101},
@@ -56,10 +76,9 @@ CASES: dict[str, dict[str, Any]] = {
     "strided, in place": {"strided": True, "inplace": True},
     "a slice of -inf": {"minus_infinity_from": 90},
 }
-UPSTREAM = 0.7
 
 
-def run(name: str) -> Results:
+def run(name: str, backend: Backend) -> Results:
     case = CASES[name]
 
     def on(mesh: Mesh, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -68,30 +87,31 @@ def run(name: str) -> Results:
         x = leaf * 1
         if case.get("strided"):
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        loss = vocab_parallel_cross_entropy(x, targets, mesh, **options(case))
-        (loss * UPSTREAM).backward()
+        loss = vocab_parallel_cross_entropy(x, targets, mesh, **options(case), backend=backend)
+        loss.backward(upstream(case, targets.shape).to(dtype))
         return {"loss": loss.detach(), "dlogits": whole(gradient(leaf), "features", mesh)}
 
-    return on_layouts(on)
+    return on_layouts(on, backend)
 
 
 def reference(case: dict[str, Any]) -> dict[str, Tensor]:
-    """torch's cross entropy of the real columns, plus z times the mean square of their log-sum-exp."""
+    """torch's cross entropy of the real columns, with the other options written plainly."""
     logits, targets = tensors(case)
-    vocab_size, ignore = case.get("vocab_size", V), case.get("ignore_index", -100)
     logits.requires_grad_()
-    real, flat = logits[..., :vocab_size].reshape(-1, vocab_size), targets.flatten()
-    if case.get("ignored") == len(flat):
-        return {"loss": torch.zeros(()), "dlogits": torch.zeros_like(logits)}
-    loss = F.cross_entropy(real, flat, ignore_index=ignore, label_smoothing=case.get("label_smoothing", 0.0))
-    loss = loss + case.get("z_loss", 0.0) * real[flat != ignore].logsumexp(-1).square().mean()
-    (loss * UPSTREAM).backward()
+    plain: Any = {name: value for name, value in options(case).items() if name != "inplace"}
+    loss = plain_loss(logits, targets, plain)
+    loss.backward(upstream(case, targets.shape))
     return {"loss": loss, "dlogits": gradient(logits)}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_is_torch_s_cross_entropy(ranks: Ranks, name: str) -> None:
-    prove(ranks, run, reference(CASES[name]), name)
+TRITON = ["padding of nan", "slices of padding only", "a slice of -inf", "strided, in place"]
+TRITON += ["everything, in place", "none, smoothed and capped"]
+RUNS = [(name, "torch") for name in CASES] + [pytest.param(name, "triton", marks=interpreted) for name in TRITON]
+
+
+@pytest.mark.parametrize(("name", "backend"), RUNS)
+def test_is_torch_s_cross_entropy(ranks: Ranks, name: str, backend: Backend) -> None:
+    prove(ranks, run, reference(CASES[name]), name, backend, backend=backend)
 
 
 def run_low_precision(dtype: torch.dtype) -> list[tuple[str, Any, Any]]:

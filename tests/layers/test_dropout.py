@@ -1,4 +1,4 @@
-"""Dropout masks: the same at any layout, slices of the mask of the bigger batch, and of the right rate."""
+"""Dropout masks: the same at any layout and backend, slices of the mask of the bigger batch, of the right rate."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,31 +9,51 @@ import torch
 from torch import Tensor
 
 from tests.distributed import Ranks
-from tests.layers.prove import gradient, meshes, noise, take, whole
+from tests.layers.prove import BACKENDS, gradient, meshes, noise, take, whole
 from tpformer import Key, Mesh
 from tpformer.layers.dropout import attention_dropout, check_dropout, residual_dropout
+from tpformer_kernels import Backend
 
 B, S, D, H = 3, 8, 5, 8
 P = 0.3
 KEY = Key(9, sample=2)
 
 
-def run_residual() -> dict[str, npt.NDArray[Any]]:
+def run_residual(backend: Backend, name: str, with_residual: bool) -> dict[str, npt.NDArray[Any]]:
+    """The whole y, dx and, with one, the residual's gradient, in each layout."""
     results = {}
     for layout, mesh in meshes().items():
-        x = take(noise("x", B, S, D), "tokens", mesh).detach().requires_grad_()
-        y = residual_dropout(x, P, KEY, mesh)
-        y.backward(take(noise("dy", B, S, D), "tokens", mesh))
-        results[layout] = torch.stack([whole(t, "tokens", mesh) for t in (y.detach(), gradient(x))]).numpy()
+        parts = [
+            take(noise(part, B, S, D), "tokens", mesh).to(getattr(torch, name)) for part in ("x", "residual", "dy")
+        ]
+        x, residual, dy = (part.detach().requires_grad_() for part in parts)
+        y = residual_dropout(x, residual if with_residual else None, P, KEY, mesh, backend=backend)
+        y.backward(dy.detach())
+        found = [y.detach(), gradient(x), *([gradient(residual)] if with_residual else [])]
+        results[layout] = torch.stack([whole(t, "tokens", mesh) for t in found]).numpy()
     return results
 
 
-def test_residual_mask_is_the_same_at_any_layout(ranks: Ranks) -> None:
-    kept = residual_dropout(torch.ones(B, S, D), P, KEY, Mesh()) != 0
-    expected = torch.stack([noise(name, B, S, D) * kept / (1 - P) for name in ("x", "dy")])
-    for results in [run_residual(), *ranks(run_residual, 4)]:
+# triton computes in fp32 at most; a number that is dropped is 0 in either, so that the masks are compared bit for bit
+TOLERANCE: dict[Backend, tuple[str, float]] = {"torch": ("float64", 1e-12), "triton": ("float32", 1e-6)}
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "added"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_residual_mask_is_the_same_at_any_layout_and_backend(
+    ranks: Ranks, backend: Backend, with_residual: bool
+) -> None:
+    name, tolerance = TOLERANCE[backend]
+    kept = residual_dropout(torch.ones(B, S, D), None, P, KEY, Mesh(), backend="torch") != 0
+    y, dx = (noise(part, B, S, D) * kept / (1 - P) for part in ("x", "dy"))
+    expected = [y + noise("residual", B, S, D), dx, noise("dy", B, S, D)] if with_residual else [y, dx]
+    for results in [run_residual(backend, name, with_residual), *ranks(run_residual, 4, backend, name, with_residual)]:
         for layout, result in results.items():
-            torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-12, atol=0, msg=layout)
+            found = torch.from_numpy(result)
+            torch.testing.assert_close(
+                found.double(), torch.stack(expected), rtol=tolerance, atol=tolerance * with_residual, msg=layout
+            )
+            assert torch.equal(found[1] == 0, ~kept), layout
     assert 0.5 < kept.float().mean() < 0.9
 
 
@@ -53,7 +73,7 @@ def test_replicas_draw_slices_of_the_mask_of_the_whole_batch(kind: str) -> None:
     def mask(samples: int, first: int) -> Tensor:
         key = replace(KEY, sample=first)
         if kind == "residual":
-            return residual_dropout(torch.ones(samples, S, D), P, key, Mesh())
+            return residual_dropout(torch.ones(samples, S, D), None, P, key, Mesh())
         return attention_dropout(torch.ones(samples, H, S, S), P, key, 0)
 
     batch = mask(6, 10)
@@ -65,7 +85,7 @@ def test_replicas_draw_slices_of_the_mask_of_the_whole_batch(kind: str) -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_rate_and_scale(p: float) -> None:
     """Within 5 standard deviations, along every dim too; the expected value is kept."""
-    x = residual_dropout(torch.ones(16, 32, 64, dtype=torch.float64), p, Key(3), Mesh())
+    x = residual_dropout(torch.ones(16, 32, 64, dtype=torch.float64), None, p, Key(3), Mesh())
     y = attention_dropout(torch.ones(8, 8, 16, 32, dtype=torch.float64), p, Key(3), 0)
     for drawn in (x, y):
         dropped = (drawn == 0).double()
@@ -80,8 +100,8 @@ def test_rate_and_scale(p: float) -> None:
 def test_neighbours_are_independent() -> None:
     """No correlation between the masks of neighbouring features, positions, samples and keys."""
     p = 0.5
-    mask = residual_dropout(torch.ones(16, 32, 64), p, Key(3), Mesh())
-    other = residual_dropout(torch.ones(16, 32, 64), p, Key(4), Mesh())
+    mask = residual_dropout(torch.ones(16, 32, 64), None, p, Key(3), Mesh())
+    other = residual_dropout(torch.ones(16, 32, 64), None, p, Key(4), Mesh())
     pairs = [(mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask[..., 1:], mask[..., :-1]), (mask, other)]
     pairs += [(mask[..., k:], mask[..., :-k]) for k in (2, 3, 4)]
     for a, b in pairs:
@@ -90,9 +110,10 @@ def test_neighbours_are_independent() -> None:
 
 
 def test_none_without_a_key_or_a_rate() -> None:
-    x = noise("x", B, S, D)
-    assert residual_dropout(x, P, None, Mesh()) is x
-    assert residual_dropout(x, 0.0, KEY, Mesh()) is x
+    x, residual = noise("x", B, S, D), noise("residual", B, S, D)
+    for p, key in ((P, None), (0.0, KEY)):
+        assert residual_dropout(x, None, p, key, Mesh()) is x
+        assert torch.equal(residual_dropout(x, residual, p, key, Mesh()), residual + x)
     probabilities = noise("p", B, H, S, S)
     assert attention_dropout(probabilities, P, None, 0) is probabilities
     assert attention_dropout(probabilities, 0.0, KEY, 0) is probabilities
@@ -100,9 +121,13 @@ def test_none_without_a_key_or_a_rate() -> None:
 
 def test_dropped_infinities_are_zero_and_dtypes_stay() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        y = residual_dropout(torch.full((B, S, D), torch.inf, dtype=dtype), P, KEY, Mesh())
+        x = torch.full((B, S, D), torch.inf, dtype=dtype)
+        y = residual_dropout(x, None, P, KEY, Mesh())
         assert y.dtype == dtype
         assert set(y.unique().tolist()) == {0.0, float("inf")}
+        wider = residual_dropout(x, torch.ones(B, S, D), P, KEY, Mesh())  # the residual stream's dtype wins
+        assert wider.dtype == torch.float32
+        assert set(wider.unique().tolist()) == {1.0, float("inf")}
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5])

@@ -25,10 +25,15 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = (2, 8, D)
     strided: bool = False
+    apart: bool = False
 
     @property
     def interleave(self) -> int:
         return self.options.get("interleave", 1)
+
+    @property
+    def outputs(self) -> int:
+        return self.interleave if self.apart else 1
 
     def build(self, mesh: Mesh, dtype: torch.dtype) -> ColumnParallelLinear | RowParallelLinear:
         layer = self.kind(D, F, mesh=mesh, **self.options).to(dtype)
@@ -37,7 +42,7 @@ class Case:
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Whole x and dy; strided: stored with their first two dims exchanged."""
-        out = (F,) if self.interleave == 1 else (self.interleave, F // self.interleave)
+        out = (self.outputs, F // self.outputs) if self.apart else (F,)
         x, dy = noise("x", *self.shape), noise("dy", *self.shape[:-1], *out)
         return (lay_out(x), lay_out(dy)) if self.strided else (x, dy)
 
@@ -51,14 +56,22 @@ CASES = {
     "column": Case(Column, ("tokens", "features")),
     "column without bias": Case(Column, ("tokens", "features"), {"bias": False}),
     "column gathered": Case(Column, ("tokens", "whole"), {"gather_output": True}),
-    "column interleaved": Case(Column, ("tokens", "features"), {"interleave": 2}),
-    "column interleaved without bias": Case(Column, ("tokens", "features"), {"interleave": 2, "bias": False}),
-    "column interleaved gathered": Case(Column, ("tokens", "whole"), {"interleave": 2, "gather_output": True}),
+    "column packed": Case(Column, ("tokens", "features"), {"interleave": 2}),
+    "column packed without bias": Case(Column, ("tokens", "features"), {"interleave": 2, "bias": False}),
+    "column packed gathered": Case(Column, ("tokens", "whole"), {"interleave": 2, "gather_output": True}),
+    "column apart": Case(Column, ("tokens", "features"), {"interleave": 2}, apart=True),
+    "column apart without bias": Case(Column, ("tokens", "features"), {"interleave": 2, "bias": False}, apart=True),
+    "column apart, never gathered": Case(
+        Column, ("tokens", "features"), {"interleave": 2, "gather_output": True}, apart=True
+    ),
+    "column apart in four": Case(Column, ("tokens", "features"), {"interleave": 4}, apart=True),
+    "column apart, but one": Case(Column, ("tokens", "features"), apart=True),
     "column on (s, d)": Case(Column, ("tokens", "features"), shape=(8, D)),
     "column on (a, b, s, d)": Case(Column, ("tokens", "features"), shape=(2, 3, 4, D)),
     "column strided": Case(Column, ("tokens", "features"), strided=True),
     "column strided gathered": Case(Column, ("tokens", "whole"), {"gather_output": True}, strided=True),
-    "column interleaved strided": Case(Column, ("tokens", "features"), {"interleave": 2}, strided=True),
+    "column packed strided": Case(Column, ("tokens", "features"), {"interleave": 2}, strided=True),
+    "column apart strided": Case(Column, ("tokens", "features"), {"interleave": 2}, strided=True, apart=True),
     "row": Case(Row, ("features", "tokens")),
     "row without bias": Case(Row, ("features", "tokens"), {"bias": False}),
     "row of a whole input": Case(Row, ("whole", "tokens"), {"input_is_parallel": False}),
@@ -69,14 +82,16 @@ CASES = {
 }
 
 
-def forward_of(layer: ColumnParallelLinear | RowParallelLinear) -> Callable[[Tensor], Tensor]:
-    """Interleaved outputs as one tensor, (..., interleave, f)."""
+def forward_of(layer: ColumnParallelLinear | RowParallelLinear, case: Case) -> Callable[[Tensor], Tensor]:
+    """The layer, or its outputs apart as one tensor (..., interleave, f)."""
 
     def forward(x: Tensor) -> Tensor:
-        y = layer(x)
-        return torch.stack(y, dim=-2) if isinstance(y, tuple) else y
+        assert isinstance(layer, ColumnParallelLinear)
+        y = layer.apart(x)
+        assert len(y) == case.outputs
+        return torch.stack(y, dim=-2)
 
-    return forward
+    return forward if case.apart else layer
 
 
 def run(name: str) -> Results:
@@ -85,7 +100,7 @@ def run(name: str) -> Results:
     def on(mesh: Mesh, dtype: torch.dtype) -> dict[str, Tensor]:
         layer = case.build(mesh, dtype)
         x, dy = (t.to(dtype) for t in case.tensors())
-        return evaluate(layer, x, dy, mesh, forward=forward_of(layer), kinds=case.parts)
+        return evaluate(layer, x, dy, mesh, forward=forward_of(layer, case), kinds=case.parts)
 
     return on_layouts(on)
 
@@ -95,8 +110,8 @@ def reference(case: Case) -> dict[str, Tensor]:
     fill(linear, Mesh())
     x, dy = case.tensors()
     y = linear(x.requires_grad_())
-    if case.interleave > 1:  # output i has the rows i, i + interleave, ...
-        y = torch.stack([y[..., i :: case.interleave] for i in range(case.interleave)], dim=-2)
+    if case.apart:  # output i has the rows i, i + interleave, ...
+        y = torch.stack([y[..., i :: case.outputs] for i in range(case.outputs)], dim=-2)
     y.backward(dy)
     return {"y": y, "dx": gradient(x), **{name: gradient(p) for name, p in linear.named_parameters()}}
 
@@ -114,7 +129,16 @@ COUNTS = {  # case, frozen part -> what is communicated, and the same under sequ
     ),
     ("column", "weight"): (["backward all_reduce"], ["forward all_gather", "backward reduce_scatter"]),
     ("column", "input"): (NONE, ["forward all_gather", "backward all_gather"]),
-    ("column interleaved", "input"): (NONE, ["forward all_gather", "backward all_gather"]),
+    ("column packed", ""): (
+        ["backward all_reduce"],
+        ["forward all_gather", "backward all_gather", "backward reduce_scatter"],
+    ),
+    ("column apart", ""): (
+        ["backward all_reduce"],
+        ["forward all_gather", "backward all_gather", "backward reduce_scatter"],
+    ),
+    ("column apart", "weight"): (["backward all_reduce"], ["forward all_gather", "backward reduce_scatter"]),
+    ("column apart", "input"): (NONE, ["forward all_gather", "backward all_gather"]),
     ("column gathered", ""): (
         ["forward all_gather", "backward all_reduce"],
         ["forward all_gather", "forward all_gather", "backward all_gather", "backward reduce_scatter"],
@@ -137,7 +161,7 @@ def run_counts(name: str, frozen: str) -> dict[str, list[str]]:
         x, dy = (take(t, part, mesh).float() for t, part in zip(case.tensors(), case.parts, strict=True))
         x = x.detach().requires_grad_(frozen != "input")
         with trace_communication() as trace:
-            forward_of(layer)(x).backward(dy)
+            forward_of(layer, case)(x).backward(dy)
         assert (layer.weight.grad is None) == (frozen == "weight")
         assert (x.grad is None) == (frozen == "input")
         counts[layout] = [f"{call.phase} {call.op}" for call in trace.calls]
@@ -157,7 +181,7 @@ def run_without_gradient() -> dict[str, float]:
     """How far a frozen weight's dx, and a frozen input's dW, are from those of a layer with nothing frozen."""
     errors = {}
     for layout, mesh in meshes().items():
-        for name in ("column", "row", "column interleaved"):
+        for name in ("column", "row", "column packed", "column apart"):
             case = CASES[name]
             x, dy = (take(t, part, mesh).detach() for t, part in zip(case.tensors(), case.parts, strict=True))
             gradients = {}
@@ -165,7 +189,7 @@ def run_without_gradient() -> dict[str, float]:
                 layer = case.build(mesh, torch.float64)
                 layer.weight.requires_grad_(frozen != "weight")
                 x = x.detach().requires_grad_(frozen != "input")
-                forward_of(layer)(x).backward(dy)
+                forward_of(layer, case)(x).backward(dy)
                 gradients[frozen] = {"x": x.grad, "W": layer.weight.grad}
             dx = gradients[""]["x"] - gradients["weight"]["x"]  # type: ignore[operator]
             dweight = gradients[""]["W"] - gradients["input"]["W"]  # type: ignore[operator]

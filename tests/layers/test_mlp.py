@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.distributed import Ranks
 from tests.layers.prove import (
+    BACKENDS,
     Results,
     difference,
     evaluate,
@@ -24,6 +25,7 @@ from tests.layers.prove import (
     whole,
 )
 from tpformer import MLP, GatedMLP, Mesh, load_full_state, trace_communication
+from tpformer_kernels import Backend
 
 B, S, D, FFN = 2, 8, 6, 20
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,19 +46,19 @@ CASES: dict[str, tuple[type[MLP] | type[GatedMLP], str, bool]] = {
 }
 
 
-def build(name: str, mesh: Mesh, dtype: torch.dtype) -> MLP | GatedMLP:
+def build(name: str, mesh: Mesh, dtype: torch.dtype, backend: Backend = "auto") -> MLP | GatedMLP:
     kind, activation, bias = CASES[name]
-    mlp = kind(D, FFN, activation, bias, mesh=mesh)
+    mlp = kind(D, FFN, activation, bias, mesh=mesh, backend=backend)
     fill(mlp.to(dtype), mesh)
     return mlp
 
 
-def run(name: str) -> Results:
+def run(name: str, backend: Backend) -> Results:
     def case(mesh: Mesh, dtype: torch.dtype) -> dict[str, Tensor]:
         x, dy = noise("x", B, S, D).to(dtype), noise("dy", B, S, D).to(dtype)
-        return evaluate(build(name, mesh, dtype), x, dy, mesh)
+        return evaluate(build(name, mesh, dtype, backend), x, dy, mesh)
 
-    return on_layouts(case)
+    return on_layouts(case, backend)
 
 
 def reference(name: str) -> dict[str, Tensor]:
@@ -72,9 +74,10 @@ def reference(name: str) -> dict[str, Tensor]:
     return {"y": y, "dx": gradient(x), **{n: gradient(q) for n, q in p.items()}}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_is_plain_torch_s(ranks: Ranks, name: str) -> None:
-    prove(ranks, run, reference(name), name)
+def test_is_plain_torch_s(ranks: Ranks, name: str, backend: Backend) -> None:
+    prove(ranks, run, reference(name), name, backend, backend=backend)
 
 
 def of_transformers() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -142,11 +145,11 @@ def test_an_unknown_activation_is_named(kind: type[MLP] | type[GatedMLP], names:
         kind(4, 8, "swish")
 
 
-def run_counts(name: str) -> dict[str, list[str]]:
+def run_counts(name: str, backend: Backend) -> dict[str, list[str]]:
     counts = {}
     for layout, mesh in meshes().items():
         x = take(noise("x", B, S, D).float(), "tokens", mesh).requires_grad_()
-        mlp = build(name, mesh, torch.float32)
+        mlp = build(name, mesh, torch.float32, backend)
         with trace_communication() as trace:
             y = mlp(x)
             y.backward(torch.ones_like(y))
@@ -154,10 +157,11 @@ def run_counts(name: str) -> dict[str, list[str]]:
     return counts
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["gelu", "gated silu"])
-def test_one_all_reduce_forward_and_one_backward(ranks: Ranks, name: str) -> None:
+def test_one_all_reduce_forward_and_one_backward(ranks: Ranks, name: str, backend: Backend) -> None:
     pair = ["forward all_gather", "forward reduce_scatter"]
     pair += ["backward all_gather", "backward all_gather", "backward reduce_scatter"]
-    for counts in ranks(run_counts, 4, name):
+    for counts in ranks(run_counts, 4, name, backend):
         for layout, calls in counts.items():
             assert calls == (pair if "sequence" in layout else ["forward all_reduce", "backward all_reduce"]), layout

@@ -7,36 +7,119 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed import Ranks
-from tests.layers.prove import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
+from tests.layers.prove import (
+    BACKENDS,
+    Results,
+    evaluate,
+    fill,
+    gradient,
+    meshes,
+    noise,
+    on_layouts,
+    prove,
+    take,
+    whole,
+)
 from tpformer import LayerNorm, Mesh, RMSNorm, full_gradient, reduce_partial_gradients, trace_communication
+from tpformer.layers.norm import add_norm
+from tpformer_kernels import Backend
 
 B, S, D = 2, 8, 7
 KINDS = {"rms": (RMSNorm, nn.RMSNorm), "layer": (LayerNorm, nn.LayerNorm)}
 
 
-def build(kind: str, mesh: Mesh, dtype: torch.dtype = torch.float64) -> RMSNorm | LayerNorm:
-    norm: RMSNorm | LayerNorm = KINDS[kind][0](D, 1e-3, mesh=mesh).to(dtype)
+def build(kind: str, mesh: Mesh, dtype: torch.dtype = torch.float64, backend: Backend = "auto") -> RMSNorm | LayerNorm:
+    norm: RMSNorm | LayerNorm = KINDS[kind][0](D, 1e-3, mesh=mesh, backend=backend).to(dtype)
     fill(norm, mesh)
     return norm
 
 
-def run(kind: str) -> Results:
+def of_torch(kind: str) -> nn.RMSNorm | nn.LayerNorm:
+    norm: nn.RMSNorm | nn.LayerNorm = KINDS[kind][1](D, 1e-3).double()
+    fill(norm, Mesh())
+    return norm
+
+
+def run(kind: str, backend: Backend) -> Results:
     def case(mesh: Mesh, dtype: torch.dtype) -> dict[str, Tensor]:
         x, dy = noise("x", B, S, D).to(dtype), noise("dy", B, S, D).to(dtype)
-        return evaluate(build(kind, mesh, dtype), x, dy, mesh)
+        return evaluate(build(kind, mesh, dtype, backend), x, dy, mesh)
 
-    return on_layouts(case)
+    return on_layouts(case, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_torch_s(ranks: Ranks, kind: str) -> None:
-    norm = KINDS[kind][1](D, 1e-3).double()
-    fill(norm, Mesh())
+def test_is_torch_s(ranks: Ranks, kind: str, backend: Backend) -> None:
+    norm = of_torch(kind)
     x = noise("x", B, S, D).requires_grad_()
     y = norm(x)
     y.backward(noise("dy", B, S, D))
     gradients = {name: gradient(p) for name, p in norm.named_parameters()}
-    prove(ranks, run, {"y": y, "dx": gradient(x), **gradients}, kind)
+    prove(ranks, run, {"y": y, "dx": gradient(x), **gradients}, kind, backend, backend=backend)
+
+
+USES = {"both": (1.0, 1.0), "the norm alone": (1.0, 0.0), "the sum alone": (0.0, 1.0)}
+
+
+def cotangents(use: str) -> list[tuple[int, Tensor]]:
+    """Which of the two outputs are used, and the gradient of each."""
+    return [(i, noise(f"dy {i}", B, S, D)) for i, share in enumerate(USES[use]) if share]
+
+
+def run_add(kind: str, use: str, backend: Backend, method: bool) -> Results:
+    """The norm of a sum, the sum and every gradient; through the norm's own method or the function for any norm."""
+
+    def case(mesh: Mesh, dtype: torch.dtype) -> dict[str, Tensor]:
+        norm = build(kind, mesh, dtype, backend)
+        x, residual = (take(noise(name, B, S, D), "tokens", mesh).to(dtype).detach() for name in ("x", "residual"))
+        x.requires_grad_()
+        residual.requires_grad_()
+        outputs = norm.after_add(x, residual) if method else add_norm(norm, x, residual)
+        used = cotangents(use)
+        torch.autograd.backward([outputs[i] for i, _ in used], [take(dy, "tokens", mesh).to(dtype) for _, dy in used])
+        found = {"y": outputs[0], "sum": outputs[1], "dx": gradient(x), "dresidual": gradient(residual)}
+        result = {name: whole(t.detach(), "tokens", mesh) for name, t in found.items()}
+        if use != "the sum alone":
+            reduce_partial_gradients(norm)
+            result |= {name: full_gradient(norm, name) for name, _ in norm.named_parameters()}
+        return result
+
+    return on_layouts(case, backend)
+
+
+def add_then_norm(kind: str, use: str) -> dict[str, Tensor]:
+    """torch's norm of the plain sum."""
+    norm = of_torch(kind)
+    x, residual = (noise(name, B, S, D).requires_grad_() for name in ("x", "residual"))
+    total = x + residual
+    outputs = norm(total), total
+    used = cotangents(use)
+    torch.autograd.backward([outputs[i] for i, _ in used], [dy for _, dy in used])
+    gradients = {name: p.grad for name, p in norm.named_parameters() if p.grad is not None}
+    return {"y": outputs[0], "sum": total, "dx": gradient(x), "dresidual": gradient(residual), **gradients}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_an_add_it_is_torch_s_of_the_sum(ranks: Ranks, kind: str, use: str, backend: Backend) -> None:
+    for method in (True, False):
+        prove(ranks, run_add, add_then_norm(kind, use), kind, use, backend, method, backend=backend)
+
+
+@pytest.mark.parametrize("norm", [of_torch("layer"), of_torch("rms"), nn.Identity(), nn.Tanh()], ids=repr)
+def test_any_other_norm_is_called_with_the_sum(norm: nn.Module) -> None:
+    x, residual = (noise(name, B, S, D).requires_grad_() for name in ("x", "residual"))
+    y, total = add_norm(norm, x, residual)
+    assert torch.equal(total, residual + x)
+    assert torch.equal(y, norm(residual + x))
+    dy, dtotal = noise("dy", B, S, D), noise("dtotal", B, S, D)
+    torch.autograd.backward([y, total], [dy, dtotal])
+    leaf = total.detach().requires_grad_()
+    norm(leaf).backward(dy)
+    for part in (x, residual):
+        torch.testing.assert_close(gradient(part), gradient(leaf) + dtotal, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -83,22 +83,25 @@ def test_table_and_rotation_are_those_of_transformers(name: str) -> None:
         torch.testing.assert_close(torch.cat([table, table], -1).transpose(0, 1), expected, rtol=1e-6, atol=2e-6)
     q = torch.randn(2, 19, 3, head_dim, generator=torch.Generator().manual_seed(0))
     turned, _ = apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), expected_cos, expected_sin)
-    torch.testing.assert_close(apply_rope(q, cos, sin), turned.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    for ours_turned in apply_rope(q, q, cos, sin):
+        torch.testing.assert_close(ours_turned, turned.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_table_comes_in_the_dtype_of_its_use_but_is_computed_in_fp32() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_table_is_in_fp32_or_wider_whatever_the_dtype_of_its_use(dtype: torch.dtype) -> None:
     length = 4099  # positions that bf16 cannot tell apart
-    exact, _ = rope_table(length, 8, 1e4, RopeScaling(), torch.zeros(1))
-    rounded, _ = rope_table(length, 8, 1e4, RopeScaling(), torch.zeros(1, dtype=torch.bfloat16))
-    assert rounded.dtype == torch.bfloat16
-    assert torch.equal(rounded, exact.bfloat16())
-    assert not torch.equal(rounded[-1], rounded[-2])
+    exact = rope_table(length, 8, 1e4, RopeScaling(), torch.zeros(1))
+    tables = rope_table(length, 8, 1e4, RopeScaling(), torch.zeros(1, dtype=dtype))
+    for table, expected in zip(tables, exact, strict=True):
+        assert table.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(table, expected.to(table.dtype))
+        assert not torch.equal(table[-1], table[-2])
 
 
 def test_scores_depend_on_the_distance_of_positions_only() -> None:
     cos, sin = rope_table(12, 8, 1e2, RopeScaling(), torch.zeros(1, dtype=torch.float64))
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    q, k = (apply_rope(t.expand(1, 12, 1, 8), cos, sin)[0, :, 0] for t in (q, k))
+    q, k = (t[0, :, 0] for t in apply_rope(q.expand(1, 12, 1, 8), k.expand(1, 12, 1, 8), cos, sin))
     scores = q @ k.T
     for distance in range(5):
         line = scores.diagonal(-distance)

@@ -105,10 +105,10 @@ def random_batch(vocab_size: int, seed: int = 2) -> tuple[torch.Tensor, torch.Te
     return tokens, targets
 
 
-def measure_model(model: GPT | Llama, key: Key | None = None, seed: int = 2) -> Measured:
-    """Loss, logits and gradients of a model for the whole batch, each replica computing its own samples of it."""
+def measure_model(model: GPT | Llama, key: Key | None = None, seed: int = 2, samples: int = 4) -> Measured:
+    """Loss, logits and gradients of a model for the batch's first samples, each replica computing its own of them."""
     dp = model.mesh.dp
-    tokens, targets = (x.chunk(dp.size)[dp.rank] for x in random_batch(model.config.vocab_size, seed))
+    tokens, targets = (x[:samples].chunk(dp.size)[dp.rank] for x in random_batch(model.config.vocab_size, seed))
     if key is not None:
         key = Key(key.seed, sample=dp.rank * tokens.shape[0])
     with torch.no_grad():

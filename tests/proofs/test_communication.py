@@ -1,9 +1,10 @@
 """What each rank communicates in a step, call by call and byte by byte; at tp 1 nothing at all.
 
 A block is 1 all-reduce forward and 1 backward; the embedding 1 forward, the head 1 backward, and the loss gathers
-three numbers a token. Under sequence parallelism each all-reduce becomes an all-gather and a reduce-scatter; and
-because a column-parallel layer keeps its (b, s/tp, d) input rather than the gathered one (that is what the memory
-saving consists of), backward gathers the input of each once more to compute the weight's gradient.
+three numbers a token for each chunk of tokens. Under sequence parallelism each all-reduce becomes an all-gather and a
+reduce-scatter; and because a column-parallel layer keeps its (b, s/tp, d) input rather than the gathered one (that is
+what the memory saving consists of), backward gathers the input of each once more to compute the weight's gradient. The
+head is the exception: the loss computes its gradients in forward, while the gathered input is there.
 """
 
 from collections import Counter
@@ -53,25 +54,29 @@ def step(name: str, layout: Layout) -> list[Ledger]:
 def expected_step(layout: Layout, size: int) -> Ledger:
     """What a model of L layers must communicate, `size` being the bytes of one number."""
     whole = B * S * D * size
-    loss = ("all_gather", "forward", "cross_entropy.py", layout.tp * 3 * B * S * size)
+    head = "linear_cross_entropy.py"
+    loss = ("all_gather", "forward", head, layout.tp * 3 * B * S * size)
     if not layout.sequence_parallel:
         return Counter(
             {
                 loss: 1,
                 ("all_reduce", "forward", "embedding.py", whole): 1,
                 ("all_reduce", "forward", "linear.py", whole): 2 * L,  # out and down of each layer
-                ("all_reduce", "backward", "linear.py", whole): 2 * L + 1,  # qkv and up of each layer, and the head
+                ("all_reduce", "backward", "linear.py", whole): 2 * L,  # qkv and up of each layer
+                ("all_reduce", "backward", head, whole): 1,
             }
         )
     return Counter(
         {
             loss: 1,
             ("reduce_scatter", "forward", "embedding.py", whole): 1,
-            ("all_gather", "forward", "linear.py", whole): 2 * L + 1,  # the inputs of qkv, up and the head
+            ("all_gather", "forward", "linear.py", whole): 2 * L,  # the inputs of qkv and up
+            ("all_gather", "forward", head, whole): 1,  # the input of the head
             ("reduce_scatter", "forward", "linear.py", whole): 2 * L,  # out and down
-            # the gradients of out and down; and once more the inputs of qkv, up and the head
-            ("all_gather", "backward", "linear.py", whole): 2 * L + (2 * L + 1),
-            ("reduce_scatter", "backward", "linear.py", whole): 2 * L + 1,  # qkv, up and the head
+            # the gradients of out and down; and once more the inputs of qkv and up
+            ("all_gather", "backward", "linear.py", whole): 2 * L + 2 * L,
+            ("reduce_scatter", "backward", "linear.py", whole): 2 * L,  # qkv and up
+            ("reduce_scatter", "backward", head, whole): 1,
             ("all_gather", "backward", "embedding.py", whole): 1,
         }
     )

@@ -25,6 +25,7 @@ from tests.proofs.cases import (
 from tpformer import Key, Mesh
 from tpformer.layers.dropout import attention_dropout, residual_dropout
 from tpformer.random import random_words
+from tpformer_kernels import dropout_add
 
 MODELS: dict[str, Config] = {
     "gpt-residual": gpt(dropout=0.2),
@@ -76,11 +77,16 @@ def test_no_two_uses_share_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) ->
     """The embedding, and in each layer the attention, what follows it and what follows the MLP: a key for each."""
     seeds = []
 
-    def record(key: Key, *arguments: Any) -> torch.Tensor:
+    def record_words(key: Key, *arguments: Any) -> torch.Tensor:
         seeds.append(key.seed)
         return random_words(key, *arguments)
 
-    monkeypatch.setattr(tpformer.layers.dropout, "random_words", record)
+    def record_add(x: torch.Tensor, residual: Any, p: float, place: tuple[int, int, int], **options: Any) -> Any:
+        seeds.append(place[0])
+        return dropout_add(x, residual, p, place, **options)
+
+    monkeypatch.setattr(tpformer.layers.dropout, "random_words", record_words)
+    monkeypatch.setattr(tpformer.layers.dropout, "dropout_add", record_add)
     model = build_random(MODELS[name], Mesh(), torch.float64)
     model(torch.zeros(1, 4, dtype=torch.int64), key=Key(0))
     c = model.config
@@ -105,7 +111,7 @@ def test_the_kept_share_and_scale_are_those_of_the_rate() -> None:
     """Mean over many keys of a dropped residual stream: unbiased, and zero as often as the rate says."""
     ones = torch.ones(4, 16, 64, dtype=torch.float64)
     for p in (0.1, 0.5):
-        residual = torch.stack([residual_dropout(ones, p, Key(seed), Mesh()) for seed in range(20)])
+        residual = torch.stack([residual_dropout(ones, None, p, Key(seed), Mesh()) for seed in range(20)])
         attention = torch.stack([attention_dropout(ones.unsqueeze(1), p, Key(seed), 0) for seed in range(20)])
         for x in (residual, attention):
             error = (p * (1 - p) / x.numel()) ** 0.5
