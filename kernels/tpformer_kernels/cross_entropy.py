@@ -71,21 +71,24 @@ def cross_entropy_gradient(
     tokens get 0. softcap: the gradient is the logits', through the cap. Raises ValueError for shapes that do not fit.
     """
     _check_shapes(logits, targets, columns)
+    if any(x.shape != targets.shape for x in (lse, *weights)):
+        found = f"lse {tuple(lse.shape)} and weights {[tuple(x.shape) for x in weights]}"
+        raise ValueError(f"{found} must have the shape of targets {tuple(targets.shape)}")
     if use_triton(backend, logits):
         if not inplace:
             return gradient(logits, targets, columns, lse, *weights, softcap)
         gradient_(logits, targets, columns, lse, *weights, softcap)
         return logits
     out = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    ignored = targets == IGNORED
-    lse = lse.masked_fill(ignored, torch.inf)
     for rows in _chunks(logits) if columns else ():
         x = _capped(logits[rows, :columns].to(lse.dtype), softcap)  # no copy in fp32 and fp64
-        a, b, c = (w[rows].masked_fill(ignored[rows], 0.0).unsqueeze(1) for w in weights)
+        a, b, c = (w[rows].unsqueeze(1) for w in weights)
         target = targets[rows].unsqueeze(1)
         y = (x - lse[rows].unsqueeze(1)).exp_().mul_(a).sub_(c)
         y.scatter_add_(1, target.clamp(min=0), -b.where(target >= 0, 0.0))
-        out[rows, :columns] = y.mul_(1 - (x / softcap).square()) if softcap else y
+        if softcap:
+            y.mul_(1 - (x / softcap).square())
+        out[rows, :columns] = y.masked_fill_(target == IGNORED, 0.0)
     out[:, columns:] = 0.0
     return out
 

@@ -134,7 +134,8 @@ def _gated_forward_kernel(pairs_ptr, y_ptr, size, ACTIVATION: tl.constexpr, BLOC
     """One program: BLOCK neighbouring pairs, read as one piece of memory."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     both = 2 * start + tl.arange(0, 2 * BLOCK)
-    pairs = tl.load(pairs_ptr + both, both < 2 * size, 0.0).to(tl.float32)
+    inside = both < tl.full((), 2, tl.int64) * size
+    pairs = tl.load(pairs_ptr + both, inside, 0.0).to(tl.float32)
     gate, up = tl.split(tl.reshape(pairs, (BLOCK, 2)))
     offset = start + tl.arange(0, BLOCK)
     y = activate_block(gate, ACTIVATION) * up
@@ -147,8 +148,9 @@ def _gated_backward_kernel(dy_ptr, pairs_ptr, out_ptr, size, ACTIVATION: tl.cons
     start = tl.program_id(0).to(tl.int64) * BLOCK
     both = 2 * start + tl.arange(0, 2 * BLOCK)
     offset = start + tl.arange(0, BLOCK)
-    pairs = tl.load(pairs_ptr + both, both < 2 * size, 0.0).to(tl.float32)
+    inside = both < tl.full((), 2, tl.int64) * size
+    pairs = tl.load(pairs_ptr + both, inside, 0.0).to(tl.float32)
     gate, up = tl.split(tl.reshape(pairs, (BLOCK, 2)))
     dy = tl.load(dy_ptr + offset, offset < size, 0.0).to(tl.float32)
     grads = tl.join(dy * up * activate_slope(gate, ACTIVATION), dy * activate_block(gate, ACTIVATION))
-    tl.store(out_ptr + both, tl.reshape(grads, (2 * BLOCK,)).to(out_ptr.dtype.element_ty), both < 2 * size)
+    tl.store(out_ptr + both, tl.reshape(grads, (2 * BLOCK,)).to(out_ptr.dtype.element_ty), inside)

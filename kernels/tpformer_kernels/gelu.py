@@ -25,11 +25,14 @@ def bias_gelu(x: Tensor, bias: Tensor | None, activation: str = "gelu", *, backe
     """
     if activation not in GELUS:
         raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GELUS)}")
-    if bias is not None and (x.dim() == 0 or tuple(bias.shape) != tuple(x.shape[-1:])):
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dim")
+    if bias is not None and tuple(bias.shape) != tuple(x.shape[-1:]):
         raise ValueError(f"bias {tuple(bias.shape)} must be as long as the last dim of x {tuple(x.shape)}")
     if use_triton(backend, x):
         return _BiasGelu.apply(x, bias, activation == "gelu_tanh")
-    return F.gelu(x if bias is None else x + bias, approximate="tanh" if activation == "gelu_tanh" else "none")
+    hidden = x if bias is None else x + bias
+    return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none").to(x.dtype)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -128,7 +131,7 @@ def _bias_gelu_backward_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     dbias = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
     for first in range(program * BLOCK_ROWS, rows, PROGRAMS * BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)[:, None]
+        row = (first + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
         mask = (row < rows) & (column < columns)
         x = tl.load(x_ptr + row * x_stride + column, mask, 0.0).to(tl.float32)
         if bias_ptr is not None:

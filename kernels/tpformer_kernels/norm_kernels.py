@@ -143,7 +143,7 @@ def _norm_backward_kernel(
     dweight = tl.zeros((1, BLOCK), tl.float32)
     dbias = tl.zeros((1, BLOCK), tl.float32)
     for first in range(program * BLOCK_ROWS, rows, PROGRAMS * BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)[:, None]
+        row = (first + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
         mask = (row < rows) & (column < columns)
         dy = tl.load(dy_ptr + row * dy_stride + column, mask, 0.0).to(tl.float32)
         x = tl.load(x_ptr + row * x_stride + column, mask, 0.0).to(tl.float32)
@@ -234,7 +234,8 @@ def _norm_weight_wide_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dweight = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
-    for row in range(program, rows, PROGRAMS):
+    for number in range(program, rows, PROGRAMS):
+        row = tl.full((), number, tl.int64)
         dy = tl.load(dy_ptr + row * dy_stride + column, column < columns, 0.0).to(tl.float32)
         x = tl.load(x_ptr + row * x_stride + column, column < columns, 0.0).to(tl.float32)
         if mean_ptr is not None:

@@ -213,7 +213,7 @@ def _rope_kernel(
     sin = SIGN * tl.load(sin_ptr + s * half + i, i < half, 0.0).to(tl.float32)
     if part < q_blocks:
         head = part * Q_BLOCK + tl.arange(0, Q_BLOCK)[:, None]
-        kv, g = (head // group).to(tl.int64), head % group
+        kv, g = (head // group).to(tl.int64), (head % group).to(tl.int64)
         source = q_ptr + b * q_stride_b + s * q_stride_s + kv * q_stride_kv + g * q_stride_g
         target = q_out_ptr + b * q_out_stride_b + s * q_out_stride_s + kv * q_out_stride_kv + g * q_out_stride_g
         _rotate_heads(source, target, cos, sin, i, half, head < heads)

@@ -10,11 +10,6 @@ from tpformer_kernels import cross_entropy as module
 SIZES = [(1, 1), (1, 8), (5, 1), (4, 15), (3, 16), (7, 17), (300, 33)]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def make(rows: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Logits and targets of a slice; every third target lies in another slice."""
     logits, targets = 3 * torch.randn(rows, width, dtype=dtype), torch.randint(width, (rows,))

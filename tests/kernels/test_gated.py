@@ -17,11 +17,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SHAPES = [(1, 1), (1, 9), (5, 1), (2, 3, 15), (2, 3, 16), (2, 17), (3,)]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_are_those_of_finite_differences(activation: str, shape: tuple[int, ...]) -> None:

@@ -10,11 +10,6 @@ from tpformer_kernels import rms_norm
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 2, 15), (2, 3, 16), (2, 17), (2, 3, 2, 33), (8,)]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition, differentiated by autograd."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,11 +9,6 @@ from tpformer_kernels import apply_rope, split_and_rotate
 SHAPES = [(1, 1, 1, 2), (2, 5, 3, 6), (1, 7, 1, 16), (3, 1, 2, 34)]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def angles(length: int, width: int) -> Tensor:
     """Arbitrary angles, one for each position and pair: (length, 1, width/2)."""
     return 7 * torch.randn(length, 1, width // 2, dtype=torch.float64)
