@@ -40,9 +40,9 @@ def vocab_parallel_linear_cross_entropy(
     options: those of vocab_parallel_cross_entropy. reduction="none" computes the logits again in backward.
     Raises ValueError for sizes that do not fit and, on CPU, for a target outside the vocabulary.
     """
-    length = x.shape[1] * (mesh.tp.size if mesh.sequence_parallel else 1)
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] != x.shape[2]:
         raise ValueError(f"x {tuple(x.shape)} must be (b, s, d) and weight {tuple(weight.shape)} (v, d)")
+    length = x.shape[1] * (mesh.tp.size if mesh.sequence_parallel else 1)
     if tuple(targets.shape) != (x.shape[0], length):
         raise ValueError(f"targets {tuple(targets.shape)} must be (b, s), here ({x.shape[0]}, {length})")
     if chunk_bytes is None:
@@ -61,7 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes: int, training: bool
     ) -> Tensor:
-        flat = start_enter(x, loss.mesh).wait().flatten(0, 1)  # (n, d)
+        whole = start_enter(x, loss.mesh).wait()
+        flat = whole.flatten(0, 1)  # (n, d)
         dx, dweight = _gradients(flat, weight, [training and needed for needed in ctx.needs_input_grad[:2]])
         ones = (local != IGNORED).to(_wide(x))
         losses = torch.empty_like(ones)
@@ -70,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is not None or dweight is not None:
                 gradient = loss.gradient(logits, local[rows], lse, ones[rows], inplace=True)
                 _accumulate(gradient, flat, weight, rows, dx, dweight)
-        ctx.loss, ctx.shape, ctx.spent = loss, (*local.shape, *x.shape), False
+        ctx.loss, ctx.shape, ctx.spent = loss, whole.shape, False
         ctx.dtype = weight.dtype
         factor = loss.factor(local, losses.dtype)
         ctx.save_for_backward(dx, dweight, factor)
@@ -82,8 +83,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("backward through this loss a second time: its gradients have been handed over")
         ctx.spent = True
         dx, dweight, factor = ctx.saved_tensors
-        scale = grad * factor
-        pending = None if dx is None else start_enter_gradient(_whole(dx.mul_(scale), ctx.shape), ctx.loss.mesh)
+        scale = (grad * factor).view(1, 1)  # fp32: a number without dims would be rounded to dx's dtype first
+        pending = None
+        if dx is not None:
+            pending = start_enter_gradient(torch.mul(dx, scale, out=dx).view(ctx.shape), ctx.loss.mesh)
         if dweight is not None:
             out = dweight if dweight.dtype == ctx.dtype else dweight.new_empty(dweight.shape, dtype=ctx.dtype)
             dweight = torch.mul(dweight, scale, out=out)
@@ -95,12 +98,13 @@ class _Recomputing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes: int) -> Tensor:
-        flat = start_enter(x, loss.mesh).wait().flatten(0, 1)  # (n, d)
+        whole = start_enter(x, loss.mesh).wait()
+        flat = whole.flatten(0, 1)  # (n, d)
         losses = torch.empty(local.shape, dtype=_wide(x), device=x.device)
         sums = torch.empty_like(losses)
         for rows, _, found, lse in _chunks(flat, weight, local, loss, chunk_bytes):
             losses[rows], sums[rows] = found, lse
-        ctx.loss, ctx.chunk_bytes, ctx.shape = loss, chunk_bytes, (*local.shape, *x.shape)
+        ctx.loss, ctx.chunk_bytes, ctx.shape = loss, chunk_bytes, whole.shape
         ctx.save_for_backward(x, weight, local, sums)
         return losses
 
@@ -114,7 +118,8 @@ class _Recomputing(torch.autograd.Function):
             logits = flat[rows] @ weight.t()
             gradient = ctx.loss.gradient(logits, local[rows], sums[rows], scale[rows], inplace=True)
             _accumulate(gradient, flat, weight, rows, dx, dweight)
-        pending = None if dx is None else start_enter_gradient(_whole(dx, ctx.shape), ctx.loss.mesh)
+            del logits, gradient  # before the next chunk's
+        pending = None if dx is None else start_enter_gradient(dx.view(ctx.shape), ctx.loss.mesh)
         dweight = None if dweight is None else dweight.to(weight.dtype)
         return None if pending is None else pending.wait(), dweight, None, None, None
 
@@ -150,8 +155,11 @@ def _slices(flat: Tensor, weight: Tensor, chunk_bytes: int) -> list[slice]:
 
 def _gradients(flat: Tensor, weight: Tensor, needed: Any) -> tuple[Tensor | None, Tensor | None]:
     """Room for dx (n, d) and, in fp32 at least, dweight (v/tp, d): many chunks add to it."""
-    dx = torch.empty_like(flat) if needed[0] else None
-    return dx, weight.new_empty(weight.shape, dtype=_wide(weight)) if needed[1] else None
+    dx = flat.new_empty(flat.shape) if needed[0] else None  # contiguous, whatever flat is
+    if not needed[1]:
+        return dx, None
+    dweight = weight.new_empty(weight.shape, dtype=_wide(weight))
+    return dx, dweight if len(flat) else dweight.zero_()  # no chunk will write to it
 
 
 def _accumulate(
@@ -169,12 +177,6 @@ def _accumulate(
         torch.addmm(dweight, gradient.t(), flat[rows], beta=beta, out_dtype=dweight.dtype, out=dweight)
     else:
         torch.addmm(dweight, gradient.t().to(dweight.dtype), flat[rows].to(dweight.dtype), beta=beta, out=dweight)
-
-
-def _whole(dx: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(n, d) -> (b, s, d); shape is that of the targets, flat, and of this rank's x."""
-    tokens, batch, _, width = shape
-    return dx.view(batch, tokens // max(batch, 1), width)
 
 
 def _wide(x: Tensor) -> torch.dtype:
