@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer.mesh import Axis, Mesh
 
@@ -111,6 +112,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.mesh.sequence_parallel:
             return start_scatter_sequence(grad, ctx.mesh.tp).wait(), None
@@ -127,6 +129,7 @@ class _Leave(torch.autograd.Function):
         return all_reduce_(x.clone(memory_format=torch.contiguous_format), mesh.tp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.mesh.sequence_parallel:
             return start_gather_sequence(grad, ctx.mesh.tp).wait(), None
@@ -140,6 +143,7 @@ class _GatherFeatures(torch.autograd.Function):
         return gather_stack(x, axis).movedim(0, -2).flatten(-2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _own_features(grad, ctx.axis).contiguous(), None
 
@@ -151,6 +155,7 @@ class _SplitFeatures(torch.autograd.Function):
         return _own_features(x, axis).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return gather_stack(grad, ctx.axis).movedim(0, -2).flatten(-2), None
 

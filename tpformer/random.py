@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tpformer_kernels import random_columns
-
 
 @dataclass(frozen=True)
 class Key:
@@ -30,15 +28,6 @@ class Key:
         text = "/".join([str(self.seed), *map(str, names)])
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return replace(self, seed=int.from_bytes(digest, "little"))
-
-
-def random_words(key: Key, rows: tuple[Tensor, Tensor, Tensor], start: int, stop: int) -> Tensor:
-    """Random 32-bit words (int64) for columns [start, stop) of each row.
-
-    rows: three int64 index tensors below 2^32 that broadcast to the leading shape (*r) -> (*r, stop - start).
-    Column c of a row is word c % 4 of Philox counter (c // 4, *row): a slice equals the slice of the whole.
-    """
-    return random_columns(key.seed, rows, start, stop)
 
 
 def uniform(words: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Pure functions on local tensors, the hot path of the layers: no mesh, no process group, no model."""
 
+from tpformer_kernels.accumulate import accumulate_
 from tpformer_kernels.backend import BACKENDS, Backend, check_backend, use_triton
 from tpformer_kernels.cross_entropy import ELSEWHERE, IGNORED, cross_entropy_gradient, cross_entropy_statistics
 from tpformer_kernels.dropout import dropout_add
@@ -15,6 +16,7 @@ __all__ = [
     "GATES",
     "IGNORED",
     "Backend",
+    "accumulate_",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",

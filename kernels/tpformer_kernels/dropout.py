@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.jit import jit, tl, triton
@@ -43,6 +44,7 @@ class _DropoutAdd(torch.autograd.Function):
         return _drop(x, residual, p, place, triton)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         p, place, triton, dtype = ctx.how
         dx = _drop(dy, None, p, place, triton).to(dtype) if ctx.needs_input_grad[0] else None
@@ -96,7 +98,7 @@ def dropout_add_forward(x: Tensor, residual: Tensor | None, p: float, seed: int,
     return y
 
 
-@jit(do_not_specialize=["seed_low", "seed_high", "sample", "position", "threshold"])
+@jit(do_not_specialize=["length", "seed_low", "seed_high", "sample", "position", "threshold"])
 def _dropout_add_kernel(
     x_ptr,
     residual_ptr,

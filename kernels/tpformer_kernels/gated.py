@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.jit import jit, tl, triton
@@ -43,6 +44,7 @@ class _GatedProduct(torch.autograd.Function):
         return activate(gate, activation).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         dup = activate(gate, ctx.activation).mul_(dy)
@@ -62,6 +64,7 @@ class _GatedPairs(torch.autograd.Function):
         return gated_forward(gate_up, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         return gated_backward(dy, gate_up, ctx.activation), None

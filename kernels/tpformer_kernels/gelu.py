@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.gated import activate_block, activate_slope
@@ -43,6 +44,7 @@ class _BiasGelu(torch.autograd.Function):
         return bias_gelu_forward(x, bias, tanh)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, bias = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
@@ -87,7 +89,7 @@ def bias_gelu_backward(
     return dx, dbias if parts is None else parts.sum(0)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _bias_gelu_forward_kernel(
     x_ptr,
     bias_ptr,
@@ -110,7 +112,7 @@ def _bias_gelu_forward_kernel(
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _bias_gelu_backward_kernel(
     dy_ptr,
     x_ptr,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.norm_ops import norm_backward, norm_forward
@@ -71,6 +72,7 @@ class _Norm(torch.autograd.Function):
         return y, None if residual is None else total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:  # only the sum was used
             return dtotal, dtotal, None, None, None, None, None

@@ -12,7 +12,7 @@ WIDE_FORWARD, WIDE_BACKWARD = 16384, 8192
 """Longer rows than this do not fit the registers of a program."""
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _norm_forward_kernel(
     x_ptr,
     residual_ptr,
@@ -116,7 +116,7 @@ def _summed_block(x_row, residual_row, total_ptr, column, columns):
     return x
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _norm_backward_kernel(
     dy_ptr,
     dtotal_ptr,
@@ -214,7 +214,7 @@ def _norm_backward_wide_kernel(
         tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), column < columns)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _norm_weight_wide_kernel(
     dy_ptr,
     x_ptr,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.jit import jit, tl, triton
@@ -53,6 +54,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cos, sin, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(dy, cos, sin, -1.0), None, None
@@ -78,6 +80,7 @@ class _RotateTwo(torch.autograd.Function):
         return rope(q.unsqueeze(2), k, cos, sin, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         return *rope(dq.unsqueeze(2), dk, *ctx.saved_tensors, True), None, None
 
@@ -89,6 +92,7 @@ class _SplitAndRotate(torch.autograd.Function):
         return *rope(qkv[..., :-2, :], qkv[..., -2, :], cos, sin, False), qkv[..., -1, :]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
         return rope_pack(dq, dk, dv, *ctx.saved_tensors), None, None
 
@@ -162,7 +166,7 @@ def _launch(
     )
 
 
-@jit
+@jit(do_not_specialize=["length"])
 def _rope_kernel(
     q_ptr,
     k_ptr,

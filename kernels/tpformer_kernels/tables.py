@@ -31,7 +31,7 @@ def architecture_of(device: torch.device) -> int:
 
 
 def options(kernel: str, size: int, device: torch.device) -> dict[str, int]:
-    """Launch options of a kernel for rows of `size` numbers: its constexpr block sizes, num_warps, num_stages."""
+    """Launch options of a kernel for rows of `size` numbers: its constexpr block sizes and num_warps."""
     rows = table(architecture_of(device))["kernels"][kernel]
     row = next(row for row in rows if row["up_to"] is None or size <= row["up_to"])
     return {name: value for name, value in row.items() if name != "up_to"}

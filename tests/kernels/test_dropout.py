@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import DEVICE, guarded, small_tables
-from tpformer.random import Key, random_words
 from tpformer_kernels import dropout_add, random_columns
 
 LARGEST = (1 << 32) - 1
@@ -28,7 +27,7 @@ def words(shape: tuple[int, int, int], place: tuple[int, int, int]) -> Tensor:
 
     def row(i: int, j: int) -> Tensor:
         where = torch.tensor(position + j), torch.tensor(sample + i), torch.tensor(0)
-        return random_words(Key(seed), where, 0, shape[2])
+        return random_columns(seed, where, 0, shape[2])
 
     return torch.stack([torch.stack([row(i, j) for j in range(shape[1])]) for i in range(shape[0])])
 

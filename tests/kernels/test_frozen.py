@@ -119,3 +119,19 @@ def test_an_fp32_residual_stays_fp32(name: str, backend: str) -> None:
     expected = exact(case.torchs, [x.to(HALF), 100 * residual, *others], case.trained, result.cotangents)
     close(result.outputs[-1], expected.outputs[-1], 1e-6 if "norm" in name else TOLERANCE[FULL])
     close(result.gradients[1], expected.gradients[1], TOLERANCE[FULL])
+
+
+REFUSING = [(name, backend) for name in TRAINED for backend in ("triton", "torch")]
+REFUSING = [(name, backend) for name, backend in REFUSING if not (name.startswith("bias_gelu") and backend == "torch")]
+
+
+@pytest.mark.parametrize(("name", "backend"), REFUSING)
+def test_a_second_derivative_is_refused(name: str, backend: str) -> None:
+    """Rather than silently 0: none of these backwards can be differentiated (in plain torch, GELU's can)."""
+    case = TRAINED[name]
+    leaves = leaves_of(case.inputs(*SIZE, torch.float32)[: case.trained], -1)
+    outputs = outputs_of(case.ours(*leaves, *case.inputs(*SIZE, torch.float32)[case.trained :], backend=backend))
+    losses = [y.square().sum() for y in outputs]
+    penalty = torch.stack([g.square().sum() for g in torch.autograd.grad(losses, leaves, create_graph=True)]).sum()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty.backward()

@@ -54,6 +54,7 @@ def bias_gelu_backward() -> Iterator[tuple[Any, ...]]:
 
 
 EXAMPLES: dict[str, Callable[[], Any]] = {
+    "accumulate_": lambda: [(floats(D, 5), floats(N, D), floats(N, 5), first) for first in (True, False)],
     "norm_forward": norm_forward,
     "norm_backward": norm_backward,
     "rope": rope,

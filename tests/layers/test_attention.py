@@ -34,7 +34,7 @@ from tpformer import (
     reduce_partial_gradients,
     trace_communication,
 )
-from tpformer.random import random_words
+from tpformer_kernels import random_columns
 
 B, S, D, H, K = 2, 8, 10, 8, 4
 BASE = AttentionConfig(hidden_size=D, num_heads=H, num_kv_heads=H, head_dim=K)
@@ -107,7 +107,7 @@ def kept_of(c: AttentionConfig) -> Tensor:
     """Which probabilities dropout keeps: a number for each global (sample, head, query, key)."""
     index = [torch.arange(n) for n in (B, c.num_heads, S)]
     sample, head, query = index[0].view(-1, 1, 1) + KEY.sample, index[1].view(-1, 1), index[2]
-    return random_words(KEY, (query, sample, head), 0, S) >= round(c.dropout * 2**32)
+    return random_columns(KEY.seed, (query, sample, head), 0, S) >= round(c.dropout * 2**32)
 
 
 def angles() -> Tensor:

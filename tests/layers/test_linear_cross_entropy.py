@@ -197,6 +197,7 @@ WRONG: dict[str, tuple[Callable[..., object], str]] = {
     "chunk_bytes": (lambda f, x, w, t: f(x, w, t, chunk_bytes=0), r"chunk_bytes \(0\) must be at least 1"),
     "reduction": (lambda f, x, w, t: f(x, w, t, reduction="max"), r"reduction \('max'\) must be mean, sum or none"),
     "smoothing": (lambda f, x, w, t: f(x, w, t, label_smoothing=2), r"label_smoothing \(2\) must be in 0..1"),
+    "z_loss": (lambda f, x, w, t: f(x, w, t, z_loss=-0.1), r"z_loss \(-0.1\) must not be negative"),
     "softcap": (lambda f, x, w, t: f(x, w, t, softcap=-1), r"softcap \(-1\) must not be negative"),
     "vocab_size 0": (lambda f, x, w, t: f(x, w, t, vocab_size=0), r"vocab_size \(0\) must be in 1..24"),
     "vocab_size 97": (lambda f, x, w, t: f(x, w, t, FOUR, vocab_size=97), r"vocab_size \(97\) must be in 1..96"),

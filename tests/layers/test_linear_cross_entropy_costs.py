@@ -24,6 +24,9 @@ TOKENS = 3  # a chunk
 CHUNKS = -(-B * S // TOKENS)
 
 
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "mv", "linear", "matmul", "accumulate_")
+
+
 class Matmuls(TorchDispatchMode):
     """How many matmuls run while it is active."""
 
@@ -32,7 +35,7 @@ class Matmuls(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "mv", "linear", "matmul")
+        self.count += func.overloadpacket.__name__ in MATMULS
         return func(*args, **(kwargs or {}))
 
 

@@ -57,7 +57,7 @@ def test_many_chunks_lose_no_more_than_one(dtype: torch.dtype, monkeypatch: pyte
         assert error(dx, expected[1]) <= bound
         assert error(dweight, expected[2]) <= bound
 
-    def in_own_dtype(flat: Tensor, weight: Tensor, needed: Any) -> tuple[Tensor, Tensor]:
+    def in_own_dtype(flat: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(flat), torch.empty_like(weight)
 
     monkeypatch.setattr(linear_cross_entropy, "_gradients", in_own_dtype)

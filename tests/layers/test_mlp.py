@@ -24,7 +24,7 @@ from tests.layers.prove import (
     take,
     whole,
 )
-from tpformer import MLP, GatedMLP, Mesh, load_full_state, trace_communication
+from tpformer import MLP, ColumnParallelLinear, GatedMLP, Mesh, load_full_state, trace_communication
 from tpformer_kernels import Backend
 
 B, S, D, FFN = 2, 8, 6, 20
@@ -165,3 +165,31 @@ def test_one_all_reduce_forward_and_one_backward(ranks: Ranks, name: str, backen
     for counts in ranks(run_counts, 4, name, backend):
         for layout, calls in counts.items():
             assert calls == (pair if "sequence" in layout else ["forward all_reduce", "backward all_reduce"]), layout
+
+
+class Tripled(ColumnParallelLinear):
+    """What a user may put in the place of a projection."""
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_hooks_and_replacements_of_the_projection_count(kind: str, backend: Backend) -> None:
+    make = (lambda: MLP(D, FFN, backend=backend)) if kind == "gelu" else (lambda: GatedMLP(D, FFN, backend=backend))
+    mlp, x, calls = make(), noise("x", B, S, D).float(), []
+    name = "up" if kind == "gelu" else "gate_up"
+    getattr(mlp, name).register_forward_hook(lambda *arguments: calls.append(1))
+    plain = mlp(x)
+    assert len(calls) == 1
+    replacement = Tripled(D, FFN if kind == "gelu" else 2 * FFN, kind == "gelu", interleave=1 if kind == "gelu" else 2)
+    replacement.load_state_dict(getattr(mlp, name).state_dict())
+    setattr(mlp, name, replacement)
+    tripled = mlp(x)
+    with torch.no_grad():
+        for parameter in replacement.parameters():
+            parameter.mul_(3)
+    replacement.forward = lambda x, **options: ColumnParallelLinear.forward(replacement, x)  # type: ignore[method-assign]
+    torch.testing.assert_close(mlp(x), tripled, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(tripled, plain)

@@ -1,6 +1,7 @@
 """The norms against torch's at any layout; and that their partial gradients must be declared, or the error is seen."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def run_add(kind: str, use: str, backend: Backend, method: bool) -> Results:
         x, residual = (take(noise(name, B, S, D), "tokens", mesh).to(dtype).detach() for name in ("x", "residual"))
         x.requires_grad_()
         residual.requires_grad_()
-        outputs = norm.after_add(x, residual) if method else add_norm(norm, x, residual)
+        outputs = norm(x, residual) if method else add_norm(norm, x, residual)
         used = cotangents(use)
         torch.autograd.backward([outputs[i] for i, _ in used], [take(dy, "tokens", mesh).to(dtype) for _, dy in used])
         found = {"y": outputs[0], "sum": outputs[1], "dx": gradient(x), "dresidual": gradient(residual)}
@@ -108,7 +109,16 @@ def test_after_an_add_it_is_torch_s_of_the_sum(ranks: Ranks, kind: str, use: str
         prove(ranks, run_add, add_then_norm(kind, use), kind, use, backend, method, backend=backend)
 
 
-@pytest.mark.parametrize("norm", [of_torch("layer"), of_torch("rms"), nn.Identity(), nn.Tanh()], ids=repr)
+class Sevenfold(RMSNorm):
+    """A norm derived from ours, whose own forward must not be passed over."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return 7 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "norm", [of_torch("layer"), of_torch("rms"), nn.Identity(), nn.Tanh(), Sevenfold(D).double()], ids=repr
+)
 def test_any_other_norm_is_called_with_the_sum(norm: nn.Module) -> None:
     x, residual = (noise(name, B, S, D).requires_grad_() for name in ("x", "residual"))
     y, total = add_norm(norm, x, residual)

@@ -24,8 +24,7 @@ from tests.proofs.cases import (
 )
 from tpformer import Key, Mesh
 from tpformer.layers.dropout import attention_dropout, residual_dropout
-from tpformer.random import random_words
-from tpformer_kernels import dropout_add
+from tpformer_kernels import dropout_add, random_columns
 
 MODELS: dict[str, Config] = {
     "gpt-residual": gpt(dropout=0.2),
@@ -77,15 +76,15 @@ def test_no_two_uses_share_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) ->
     """The embedding, and in each layer the attention, what follows it and what follows the MLP: a key for each."""
     seeds = []
 
-    def record_words(key: Key, *arguments: Any) -> torch.Tensor:
-        seeds.append(key.seed)
-        return random_words(key, *arguments)
+    def record_columns(seed: int, *arguments: Any) -> torch.Tensor:
+        seeds.append(seed)
+        return random_columns(seed, *arguments)
 
     def record_add(x: torch.Tensor, residual: Any, p: float, place: tuple[int, int, int], **options: Any) -> Any:
         seeds.append(place[0])
         return dropout_add(x, residual, p, place, **options)
 
-    monkeypatch.setattr(tpformer.layers.dropout, "random_words", record_words)
+    monkeypatch.setattr(tpformer.layers.dropout, "random_columns", record_columns)
     monkeypatch.setattr(tpformer.layers.dropout, "dropout_add", record_add)
     model = build_random(MODELS[name], Mesh(), torch.float64)
     model(torch.zeros(1, 4, dtype=torch.int64), key=Key(0))

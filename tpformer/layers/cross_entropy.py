@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer.collectives import gather_stack
 from tpformer.mesh import Mesh
@@ -52,8 +53,9 @@ class Loss:
             raise ValueError(f"vocab_size ({self.vocab_size}) must be in 1..{whole}, the columns of all ranks")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing ({self.label_smoothing}) must be in 0..1")
-        if self.softcap < 0:
-            raise ValueError(f"softcap ({self.softcap}) must not be negative")
+        for name, value in (("z_loss", self.z_loss), ("softcap", self.softcap)):
+            if value < 0:
+                raise ValueError(f"{name} ({value}) must not be negative")
         if self.reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction ({self.reduction!r}) must be mean, sum or none")
 
@@ -147,11 +149,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return losses if loss.reduction == "none" else losses.sum() * factor
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.spent:
             raise RuntimeError("backward through an in-place loss a second time: its logits hold the gradient now")
         ctx.spent = ctx.inplace
         logits, local, lse, factor = ctx.saved_tensors
         scale = (grad * factor).masked_fill(local == IGNORED, 0.0)  # (n)
-        flat = ctx.loss.gradient(logits.flatten(0, -2), local, lse, scale, ctx.inplace)
-        return flat.view_as(logits), None, None, None
+        flat = logits.flatten(0, -2)
+        inplace = ctx.inplace and flat.stride(-1) == 1
+        return ctx.loss.gradient(flat, local, lse, scale, inplace).view_as(logits), None, None, None

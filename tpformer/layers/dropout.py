@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from tpformer.mesh import Mesh
-from tpformer.random import Key, random_words
-from tpformer_kernels import Backend, dropout_add
+from tpformer.random import Key
+from tpformer_kernels import Backend, dropout_add, random_columns
 
 
 def check_dropout(p: float, name: str = "dropout") -> None:
@@ -32,5 +32,5 @@ def attention_dropout(probabilities: Tensor, p: float, key: Key | None, first_he
     device = probabilities.device
     sample = key.sample + torch.arange(samples, device=device).view(-1, 1, 1)
     head = first_head + torch.arange(heads, device=device).view(-1, 1)
-    words = random_words(key, (torch.arange(queries, device=device), sample, head), 0, keys)
+    words = random_columns(key.seed, (torch.arange(queries, device=device), sample, head), 0, keys)
     return (probabilities * (1 / (1 - p))).masked_fill(words < round(p * 2**32), 0.0)

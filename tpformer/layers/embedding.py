@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tpformer.collectives import all_reduce_, start_gather_sequence, start_scatter_sequence
 from tpformer.layers.init import draw_normal, draw_uniform, fresh_key
@@ -97,6 +98,7 @@ class _VocabParallelLookup(torch.autograd.Function):
         return start_scatter_sequence(x, mesh.tp).wait() if mesh.sequence_parallel else all_reduce_(x, mesh.tp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (local,) = ctx.saved_tensors
         if ctx.foreign is not None and ctx.mesh.sequence_parallel:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tpformer.placement import Placement
-from tpformer.random import Key, normal, random_words, uniform
+from tpformer.random import Key, normal, uniform
+from tpformer_kernels import random_columns
 
 CHUNK = 1 << 20
 """How many numbers are drawn at a time: bounds the working memory (about 100 bytes a number)."""
@@ -27,7 +28,7 @@ def draw(local: Tensor, placement: Placement, key: Key, distribution: Callable[[
                 part = view[rows : rows + step]
                 index = torch.arange(first_row + rows, first_row + rows + part.shape[0], device=local.device)
                 zero = torch.zeros_like(index)
-                words = random_words(key, (index, zero, zero), first_column, first_column + view.shape[1])
+                words = random_columns(key.seed, (index, zero, zero), first_column, first_column + view.shape[1])
                 part.copy_(distribution(words))
 
 

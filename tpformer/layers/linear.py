@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tpformer.collectives import (
     all_reduce_,
@@ -25,7 +26,7 @@ class ColumnParallelLinear(nn.Module):
 
     x[B, S, D] · W[D, F_tp] -> y[B, S, F_tp], or y[B, S, F] with gather_output. Under sequence parallelism x is
     x[B, S_tp, D]. Backward sums dx over tp, while it computes dW.
-    interleave: how many outputs share the weight, row by row (gate|up); `apart` returns each by itself.
+    interleave: how many outputs share the weight, row by row (gate|up), for forward to return each by itself.
     rows: a placement of the weight's rows other than an even split (copied key and value heads).
     Raises ValueError if out_features is not divisible by tp. Source: arXiv 1909.08053, section 3.
     """
@@ -57,17 +58,17 @@ class ColumnParallelLinear(nn.Module):
             self.placements["bias"] = Placement(rows.shape[:1], 0, rows.pieces, rows.partial)
         draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, s, d) -> (b, s, f/tp); (b, s, f) with gather_output."""
-        y = column_linear(x, self.weight, self.bias, self.mesh)[0]
-        return gather_features(y, self.mesh.tp) if self.gather_output else y
+    def forward(self, x: Tensor, *, apart: bool = False, add_bias: bool = True) -> Any:
+        """(b, s, d) -> (b, s, f/tp), or (b, s, f) with gather_output; without add_bias the bias is left to the caller.
 
-    def apart(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(b, s, d) -> `interleave` tensors (b, s, f/interleave/tp): every such column of what forward returns.
-
-        A matmul each over a strided weight: on a CPU cheaper than to take the columns apart afterwards.
+        apart: a tuple of `interleave` tensors (b, s, f/interleave/tp), a matmul each over a strided weight; on a CPU
+        that is cheaper than to take the columns apart afterwards.
         """
-        return column_linear(x, self.weight, self.bias, self.mesh, self.interleave)
+        bias = self.bias if add_bias else None
+        outputs = column_linear(x, self.weight, bias, self.mesh, self.interleave if apart else 1)
+        if self.gather_output:
+            outputs = tuple(gather_features(y, self.mesh.tp) for y in outputs)
+        return outputs if apart else outputs[0]
 
 
 class RowParallelLinear(nn.Module):
@@ -138,6 +139,7 @@ class _ColumnLinear(torch.autograd.Function):
         return tuple(F.linear(x, w, b) for w, b in zip(parts, biases, strict=True))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         mesh, interleave = ctx.mesh, ctx.interleave
@@ -173,6 +175,7 @@ class _RowLinear(torch.autograd.Function):
         return start_scatter_sequence(y, mesh.tp).wait() if mesh.sequence_parallel else all_reduce_(y, mesh.tp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dy = start_enter(dy, ctx.mesh).wait()  # (b, s, f)

@@ -10,11 +10,12 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tpformer.collectives import Pending, start_enter, start_enter_gradient, start_gather_stack
 from tpformer.layers.cross_entropy import Loss, LossOptions
 from tpformer.mesh import Mesh
-from tpformer_kernels import IGNORED
+from tpformer_kernels import IGNORED, accumulate_
 
 LEAST_CHUNK = 256 * 2**20
 """Bytes of a chunk of logits, at least, by default: fewer tokens would make poor matmuls and many collectives."""
@@ -37,7 +38,8 @@ def vocab_parallel_linear_cross_entropy(
     x[B, S, D], under sequence parallelism x[B, S_tp, D]; weight[V_tp, D]; targets[B, S] int64 with ids of the whole
     vocabulary, the same on every tp rank. chunk_bytes: of one chunk of logits (with tp > 1 two are there at a time);
     by default as many as the weight has: each chunk reads and writes the whole gradient of the weight, in fp32.
-    options: those of vocab_parallel_cross_entropy. reduction="none" computes the logits again in backward.
+    options: those of vocab_parallel_cross_entropy. Backward runs once; with reduction="none" it computes the logits
+    again, and may run again.
     Raises ValueError for sizes that do not fit and, on CPU, for a target outside the vocabulary.
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] != x.shape[2]:
@@ -63,7 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         whole = start_enter(x, loss.mesh).wait()
         flat = whole.flatten(0, 1)  # (n, d)
-        dx, dweight = _gradients(flat, weight, [training and needed for needed in ctx.needs_input_grad[:2]])
+        needed = [training and needed for needed in ctx.needs_input_grad[:2]]
+        dx, dweight = _gradients(flat, weight, needed, chunk_bytes)
         ones = (local != IGNORED).to(_wide(x))
         losses = torch.empty_like(ones)
         for rows, logits, found, lse in _chunks(flat, weight, local, loss, chunk_bytes):
@@ -78,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() * factor
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("backward through this loss a second time: its gradients have been handed over")
@@ -109,10 +113,11 @@ class _Recomputing(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, local, sums = ctx.saved_tensors
         flat = start_enter(x, ctx.loss.mesh).wait().flatten(0, 1)
-        dx, dweight = _gradients(flat, weight, ctx.needs_input_grad[:2])
+        dx, dweight = _gradients(flat, weight, ctx.needs_input_grad[:2], ctx.chunk_bytes)
         scale = grad.masked_fill(local == IGNORED, 0.0)
         for rows in _slices(flat, weight, ctx.chunk_bytes):
             logits = flat[rows] @ weight.t()
@@ -153,12 +158,16 @@ def _slices(flat: Tensor, weight: Tensor, chunk_bytes: int) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _gradients(flat: Tensor, weight: Tensor, needed: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Room for dx (n, d) and, in fp32 at least, dweight (v/tp, d): many chunks add to it."""
+def _gradients(flat: Tensor, weight: Tensor, needed: Any, chunk_bytes: int) -> tuple[Tensor | None, Tensor | None]:
+    """Room for dx (n, d) and dweight (v/tp, d), the latter in fp32 at least if several chunks add to it.
+
+    A single chunk's sum is rounded once in any case; fp16 could not hold it before it is scaled.
+    """
     dx = flat.new_empty(flat.shape) if needed[0] else None  # contiguous, whatever flat is
     if not needed[1]:
         return dx, None
-    dweight = weight.new_empty(weight.shape, dtype=_wide(weight))
+    once = len(_slices(flat, weight, chunk_bytes)) == 1 and weight.dtype != torch.float16
+    dweight = weight.new_empty(weight.shape, dtype=weight.dtype if once else _wide(weight))
     return dx, dweight if len(flat) else dweight.zero_()  # no chunk will write to it
 
 
@@ -168,15 +177,8 @@ def _accumulate(
     """Write dx of some tokens, and add their part of dweight, given the gradient of their logits (rows, v/tp)."""
     if dx is not None:
         torch.mm(gradient, weight, out=dx[rows])
-    if dweight is None:
-        return
-    beta = 0 if rows.start == 0 else 1
-    if gradient.dtype == dweight.dtype:
-        torch.addmm(dweight, gradient.t(), flat[rows], beta=beta, out=dweight)
-    elif gradient.is_cuda:  # the tensor cores' fp32 sum, added in fp32
-        torch.addmm(dweight, gradient.t(), flat[rows], beta=beta, out_dtype=dweight.dtype, out=dweight)
-    else:
-        torch.addmm(dweight, gradient.t().to(dweight.dtype), flat[rows].to(dweight.dtype), beta=beta, out=dweight)
+    if dweight is not None:
+        accumulate_(dweight, gradient, flat[rows], rows.start == 0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear, column_linear
+from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpformer.mesh import Mesh, divide
 from tpformer_kernels import GATES, Backend, bias_gelu, gated_activation, gated_product, use_triton
 
@@ -31,14 +31,15 @@ class MLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
         divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
-        self.activation, self.backend, self.mesh = activation, backend, mesh
+        self.activation, self.backend = activation, backend
         self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, bias, mesh=mesh)
         self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
-        if self.activation != "relu" and use_triton(self.backend, x):  # the bias costs no pass of its own, nor its sum
-            hidden = column_linear(x, self.up.weight, None, self.mesh)[0]  # (b, s, f/tp)
+        # the bias costs no pass of its own, nor does its sum; whoever replaced `up` is asked for all of it
+        if self.activation != "relu" and use_triton(self.backend, x) and type(self.up) is ColumnParallelLinear:
+            hidden = self.up(x, add_bias=False)  # (b, s, f/tp)
             return self.down(bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend))
         hidden = self.up(x)  # (b, s, f/tp)
         if self.activation == "relu":
@@ -67,14 +68,15 @@ class GatedMLP(nn.Module):
         if activation not in GATES:
             raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GATES)}")
         divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
-        self.activation, self.backend, self.mesh = activation, backend, mesh
+        self.activation, self.backend = activation, backend
         self.gate_up = ColumnParallelLinear(hidden_size, 2 * ffn_hidden_size, bias, mesh=mesh, interleave=2)
         self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
-        # one matmul; a kernel, Triton's or the compiler's, reads gate and up where they lie, side by side
-        if use_triton(self.backend, x) or torch.compiler.is_compiling():
-            return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend))
-        gate, up = self.gate_up.apart(x)  # each (b, s, f/tp)
-        return self.down(gated_product(gate, up, self.activation))
+        strided = x.device.type == "cpu" and not use_triton(self.backend, x) and not torch.compiler.is_compiling()
+        if strided and type(self.gate_up) is ColumnParallelLinear:
+            gate, up = self.gate_up(x, apart=True)  # each (b, s, f/tp): torch's CPU ops are slow on every other number
+            return self.down(gated_product(gate, up, self.activation))
+        # one matmul, in whose output a kernel, Triton's or the compiler's, reads gate and up side by side
+        return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend))

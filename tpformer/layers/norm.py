@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm: a copy on every rank, whose gradient is partial under sequence parallelism."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,12 +31,10 @@ class RMSNorm(nn.Module):
         partial = mesh.sequence_parallel if partial_gradient is None else partial_gradient
         self.placements = {"weight": replicated((dim,), mesh.tp, partial)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        return rms_norm(x, self.weight, self.eps, backend=self.backend)
-
-    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum, in one pass; (..., d), (..., d) -> two of (..., d)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """(..., d) -> (..., d); with a residual the norm of x + residual and that sum, in one pass."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, backend=self.backend)
         return add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
 
 
@@ -49,18 +49,16 @@ class LayerNorm(nn.Module):
         placement = replicated((dim,), mesh.tp, mesh.sequence_parallel)
         self.placements = {"weight": placement, "bias": placement}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
-
-    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum, in one pass; (..., d), (..., d) -> two of (..., d)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """(..., d) -> (..., d); with a residual the norm of x + residual and that sum, in one pass."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x + residual) and that sum; in one pass where the norm is one of these."""
-    if isinstance(norm, RMSNorm | LayerNorm):
-        return norm.after_add(x, residual)
+    """norm(x + residual) and that sum; in one pass where the norm is exactly one of these."""
+    if type(norm) in (RMSNorm, LayerNorm):
+        return norm(x, residual)
     total = residual + x
     return norm(total), total

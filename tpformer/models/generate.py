@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tpformer.mesh import Mesh, divide
-from tpformer.random import Key, random_words, uniform
+from tpformer.random import Key, uniform
+from tpformer_kernels import random_columns
 
 
 class Decoder(Protocol):
@@ -78,6 +79,6 @@ def _filter(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 def _sample(logits: Tensor, key: Key) -> Tensor:
     """One token a row, (b), by the Gumbel-max trick over global token ids."""
     rows = torch.arange(logits.shape[0], device=logits.device)
-    words = random_words(key, (rows, torch.zeros_like(rows), torch.zeros_like(rows)), 0, logits.shape[1])
+    words = random_columns(key.seed, (rows, torch.zeros_like(rows), torch.zeros_like(rows)), 0, logits.shape[1])
     gumbel = -(-uniform(words).log()).log()
     return (logits + gumbel).argmax(dim=-1)

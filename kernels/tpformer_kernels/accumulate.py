@@ -1,0 +1,25 @@
+"""A sum of matrix products in a wider dtype than the products' factors, in place: a weight's gradient over many parts.
+
+No Triton here: it is a matmul of torch, which torch.compile cannot yet take with a wider output.
+"""
+
+import torch
+from torch import Tensor
+
+from tpformer_kernels.library import operator
+
+
+@operator("accumulate_(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()", lambda *arguments: None)
+def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one."""
+    if a.dtype != total.dtype and a.is_cuda:  # the tensor cores' fp32 sums, added in fp32
+        if first:
+            torch.mm(a.t(), b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
+        return
+    a, b = a.to(total.dtype), b.to(total.dtype)
+    if first:
+        torch.mm(a.t(), b, out=total)
+    else:
+        total.addmm_(a.t(), b)
