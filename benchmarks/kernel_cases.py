@@ -128,6 +128,12 @@ def dropout_add_bytes(tokens: int, hidden: int, item: int) -> tuple[int, int]:
     return 3 * tokens * hidden * item, 2 * tokens * hidden * item
 
 
+def softmax_bytes(rows: int, queries: int, item: int) -> tuple[int, int]:
+    """Causal, square: half of x -> y; half of dy and of y -> dx; the zeros beyond the diagonal are written."""
+    read = rows * (queries + 1) // 2 * item
+    return read + rows * queries * item, 2 * read + rows * queries * item
+
+
 def cross_entropy_bytes(tokens: int, vocab: int, item: int) -> tuple[int, int]:
     """logits, targets -> one number; logits, targets -> dlogits."""
     return tokens * (vocab * item + 8), tokens * (2 * vocab * item + 8)
@@ -193,6 +199,17 @@ def dropout_add_case(op: str, size: Size, dtype: torch.dtype) -> Case:
     return Case(op, size, {"tokens": n, "hidden": d}, dtype, make, providers.dropout_add(), *least)
 
 
+def softmax_case(op: str, size: Size, dtype: torch.dtype) -> Case:
+    """Causal, of as many keys as queries."""
+    h, n = size.heads, size.tokens
+
+    def make(source: Source) -> Leaves:
+        return (source.normal(1, h, n, n),)
+
+    shape = {"heads": h, "queries": n, "keys": n}
+    return Case(op, size, shape, dtype, make, providers.softmax(), *softmax_bytes(h * n, n, dtype.itemsize))
+
+
 def cross_entropy_case(op: str, size: Size, dtype: torch.dtype, inplace: bool = True) -> Case:
     """Forward and backward together, the gradient over the logits; not in place, each for itself."""
     n, v = size.tokens, size.vocab or CE_VOCAB
@@ -231,6 +248,7 @@ BUILDERS: dict[str, Callable[[str, Size, torch.dtype], Case]] = {
     "gated_activation": gated_case,
     "bias_gelu": bias_gelu_case,
     "dropout_add": dropout_add_case,
+    "softmax": softmax_case,
     "cross_entropy": cross_entropy_case,
     "linear_cross_entropy": linear_cross_entropy_case,
 }
@@ -239,7 +257,7 @@ BUILDERS: dict[str, Callable[[str, Size, torch.dtype], Case]] = {
 def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     """One op at every size for the device; quick: without the sweep. fp32 on a CPU, bf16 elsewhere."""
     sizes = TINY if device.type == "cpu" else (*SWEEP, LLAMA_8B, LLAMA_70B)
-    if "cross_entropy" in op:  # its shape depends on the vocabulary, not on the model
+    if "cross_entropy" in op or op == "softmax":  # of the vocabulary's size, not the model's; too large in fp32
         sizes = tuple(size for size in sizes if size is not LLAMA_70B)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return [BUILDERS[op](op, size, dtype) for size in sizes if size.main or not quick]

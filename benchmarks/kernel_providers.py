@@ -195,6 +195,20 @@ def dropout_add() -> tuple[Provider, ...]:
     return (Provider(OURS, fused, reference, 2), *others)
 
 
+def softmax() -> tuple[Provider, ...]:
+    """Scaled, causal softmax of square scores."""
+    scale = 0.125
+
+    def eager(x: Tensor) -> Tensor:
+        seen = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril()
+        return (x * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+
+    def fused(x: Tensor) -> Tensor:
+        return ours.softmax(x, scale=scale, causal=True)
+
+    return (Provider(OURS, fused, eager, 1), *baselines(eager, 1))
+
+
 def cross_entropy(inplace: bool = True) -> tuple[Provider, ...]:
     """Mean loss of (logits, targets); Liger's own, and its vocabulary-parallel one for Megatron."""
 

@@ -17,9 +17,11 @@ from benchmarks.kernel_cases import (
     gated_case,
     norm_case,
     rope_case,
+    softmax_case,
 )
 from benchmarks.kernel_providers import OURS
 from tpformer_kernels.norm_kernels import WIDE_BACKWARD, WIDE_FORWARD
+from tpformer_kernels.softmax import WIDE
 
 Options = dict[str, int]
 NUMBERS = 2**25  # of one tensor: 64 MB in bf16, more than a cache
@@ -70,6 +72,11 @@ def _bias_gelu(size: int) -> Case:
 
 def _dropout_add(size: int) -> Case:
     return dropout_add_case("dropout_add", replace(LLAMA_8B, tokens=tokens_for(size), hidden=size), torch.bfloat16)
+
+
+def _softmax(size: int) -> Case:
+    """Not causal in effect: one head whose queries see every key but a few."""
+    return softmax_case("softmax", replace(LLAMA_8B, tokens=size, heads=max(1, NUMBERS // size**2)), torch.bfloat16)
 
 
 def _cross_entropy(size: int) -> Case:
@@ -125,6 +132,14 @@ TUNED: dict[str, Tuned] = {
     "dropout_add": Tuned(
         _dropout_add, "forward", LLAMA_8B.hidden, {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)}
     ),
+    "softmax_forward": Tuned(_softmax, "forward", WIDE, {"BLOCK_ROWS": ROWS, "num_warps": WARPS}, fewest=8),
+    "softmax_forward_wide": Tuned(
+        _softmax, "forward", 2 * WIDE, {"BLOCK": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16)}
+    ),
+    "softmax_backward": Tuned(_softmax, "backward", WIDE, {"BLOCK_ROWS": ROWS, "num_warps": WARPS}, fewest=8),
+    "softmax_backward_wide": Tuned(
+        _softmax, "backward", 2 * WIDE, {"BLOCK": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16)}
+    ),
     # PROGRAMS, which splits few rows, stays as it is: many rows are timed here
     "cross_entropy_statistics": Tuned(
         _cross_entropy, "forward", 131072, {"BLOCK": (2048, 4096, 8192, 16384, 32768), "num_warps": (4, 8, 16)}
@@ -149,7 +164,7 @@ def candidates(key: str, size: int, committed: Options, multiprocessors: int) ->
 
 def _numbers_per_thread(key: str, size: int, options: Options) -> float:
     """Of the tile that one program holds."""
-    whole_rows = key in ("norm_forward", "norm_backward")
+    whole_rows = key in ("norm_forward", "norm_backward", "softmax_forward", "softmax_backward")
     block = 1 << (size - 1).bit_length() if whole_rows else options.get("BLOCK", options.get("BLOCK_HEADS", 1) * size)
     return options.get("BLOCK_ROWS", 1) * block / (32 * options["num_warps"])
 

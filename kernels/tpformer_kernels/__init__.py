@@ -9,6 +9,7 @@ from tpformer_kernels.gelu import bias_gelu
 from tpformer_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tpformer_kernels.philox import philox, random_columns
 from tpformer_kernels.rope import apply_rope, split_and_rotate
+from tpformer_kernels.softmax import softmax
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +32,7 @@ __all__ = [
     "philox",
     "random_columns",
     "rms_norm",
+    "softmax",
     "split_and_rotate",
     "use_triton",
 ]

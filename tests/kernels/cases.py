@@ -14,7 +14,7 @@ from tests.kernels.support import DEVICE
 from tpformer_kernels import ELSEWHERE, IGNORED
 
 EPS, P, PLACE = 1e-5, 0.3, ((1 << 63) + 12345, 7, 1000)
-SOFTCAP = 5.0
+SOFTCAP, SCALE = 5.0, 0.7
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,44 @@ def gelu_of(name: str, tanh: str) -> dict[str, Case]:
     return {f"bias_gelu {name}": with_bias, f"bias_gelu {name}, no bias": without}
 
 
+def softmaxed(x: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """Exponentials over their sum, and 0 for a row that sees nothing."""
+    n, d = x.shape[-2:]
+    seen = torch.ones(n, d, dtype=torch.bool, device=x.device)
+    seen = seen.tril(d - n) if causal else seen
+    if mask is not None:
+        seen = seen & mask if mask.dtype == torch.bool else seen & (mask > -torch.inf)
+        x = x if mask.dtype == torch.bool else x + mask.clamp(min=-1e4) / SCALE
+    exponentials = (SCALE * x).exp() * seen
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials / (total + (total == 0))
+
+
+def scores_and_mask(n: int, d: int, boolean: bool) -> tuple[Tensor, Tensor]:
+    """Scores of 2 x 3 heads, and a mask that the heads share; the first row sees nothing."""
+    seen = torch.rand(2, 1, n, d) < 0.7
+    seen[:, :, :1] = False
+    return noise(2, 3, n, d), seen if boolean else noise(2, 1, n, d).masked_fill(~seen, -torch.inf)
+
+
+def softmax_of(**options: Any) -> Callable[..., Tensor]:
+    """softmax with the mask, if there is one, as an input."""
+
+    def ours(x: Tensor, mask: Tensor | None = None, *, backend: ops.Backend) -> Tensor:
+        return ops.softmax(x, scale=SCALE, mask=mask, backend=backend, **options)
+
+    return ours
+
+
 CASES: dict[str, Case] = {
+    "softmax": Case(lambda n, d: (noise(n, d),), softmax_of(), softmaxed, 1),
+    "softmax, causal": Case(
+        lambda n, d: (noise(3, n, d),), softmax_of(causal=True), partial(softmaxed, causal=True), 1
+    ),
+    "softmax, seen": Case(partial(scores_and_mask, boolean=True), softmax_of(), softmaxed, 1),
+    "softmax, added": Case(
+        partial(scores_and_mask, boolean=False), softmax_of(causal=True), partial(softmaxed, causal=True), 1
+    ),
     "rms_norm": Case(lambda n, d: (noise(n, d), noise(d)), partial(our_norm, op=ops.rms_norm), torchs_rms, 2),
     "add_rms_norm": Case(
         lambda n, d: (noise(n, d), noise(n, d), noise(d)),

@@ -24,6 +24,7 @@ import torch
 from tpformer_kernels import library, tables
 from tpformer_kernels.jit import INTERPRETED, jit, tl, triton
 from tpformer_kernels.norm_kernels import WIDE_BACKWARD, WIDE_FORWARD
+from tpformer_kernels.softmax import WIDE
 
 OPS: Any = torch.ops.tpformer
 PROCESSES = 2
@@ -79,14 +80,16 @@ def dropout_add(rows: int, size: int, dtype: torch.dtype, residual: bool) -> Non
 
 
 def cross_entropy(rows: int, size: int, dtype: torch.dtype, softcap: float, with_sum: bool, inplace: bool) -> None:
-    logits, targets, vector = (
-        torch.empty(rows, size, dtype=dtype),
-        torch.zeros(rows, dtype=torch.int64),
-        torch.empty(rows),
-    )
+    logits, vector, targets = torch.empty(rows, size, dtype=dtype), torch.empty(rows), torch.zeros(rows).long()
     OPS.cross_entropy_statistics(logits, targets, size, with_sum, softcap)
     gradient = OPS.cross_entropy_gradient_ if inplace else OPS.cross_entropy_gradient
     gradient(logits, targets, size, vector, vector, vector, vector, softcap)
+
+
+def softmax(rows: int, size: int, dtype: torch.dtype, mask: torch.dtype | None, causal: bool) -> None:
+    x = torch.empty(2, rows, size, dtype=dtype)
+    OPS.softmax_forward(x, None if mask is None else torch.empty(size, dtype=mask).expand(x.shape), 0.5, causal)
+    OPS.softmax_backward(x, x, 0.5, causal)
 
 
 @jit
@@ -122,6 +125,7 @@ NORM_FORWARD = {"residual": BOTH, "bias": BOTH, "center": BOTH}
 NORM_BACKWARD = {"total": BOTH, "center": BOTH, "with_weight": BOTH, "with_bias": BOTH}
 GATED = {"activation": (1, 2, 0)}
 BIAS_GELU = {"tanh": (False, True), "bias": BOTH, "with_bias": BOTH}
+SOFTMAX = {"mask": (torch.float32, torch.bool, None), "causal": BOTH}
 CROSS_ENTROPY = {"softcap": (30.0, 0.0), "with_sum": BOTH, "inplace": BOTH}
 
 CASES: dict[str, Case] = {
@@ -136,6 +140,10 @@ CASES: dict[str, Case] = {
     "bias_gelu_forward": Case(bias_gelu, BIAS_GELU),
     "bias_gelu_backward": Case(bias_gelu, BIAS_GELU),
     "dropout_add": Case(dropout_add, {"residual": BOTH}),
+    "softmax_forward": Case(softmax, SOFTMAX, last=WIDE),
+    "softmax_forward_wide": Case(softmax, SOFTMAX),
+    "softmax_backward": Case(softmax, SOFTMAX, last=WIDE),
+    "softmax_backward_wide": Case(softmax, SOFTMAX),
     "cross_entropy_statistics": Case(cross_entropy, CROSS_ENTROPY),
     "cross_entropy_gradient": Case(cross_entropy, CROSS_ENTROPY),
 }

@@ -106,7 +106,8 @@ def small_tables() -> Iterator[None]:
         found = {name: TINY.get(name, value) for name, value in real(kernel, size, device).items()}
         return found | {"PROGRAMS": 8} if kernel == "cross_entropy_statistics" else found
 
-    with replaced("options", options), patch.multiple(norm_ops, WIDE_FORWARD=24, WIDE_BACKWARD=20):
+    norms = patch.multiple(norm_ops, WIDE_FORWARD=24, WIDE_BACKWARD=20)
+    with replaced("options", options), norms, patch("tpformer_kernels.softmax.WIDE", 20):
         yield
 
 

@@ -58,6 +58,10 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "norm_forward": norm_forward,
     "norm_backward": norm_backward,
     "rope": rope,
+    "softmax_forward": lambda: [
+        (floats(2, N, D), m, 0.5, c) for m in (None, floats(D).expand(2, N, D)) for c in (0, 1)
+    ],
+    "softmax_backward": lambda: [(floats(2, N, D), floats(2, N, D), 0.5, c) for c in (False, True)],
     "rope_pack": lambda: [(floats(2, N, 6, D), floats(2, N, 2, D), floats(2, N, 2, D), *floats(2, N, 1, D // 2))],
     "gated_forward": lambda: [(floats(2, N, D), 0), (floats(N, D).half(), 1), (floats(D, N).t(), 2)],
     "gated_backward": lambda: [(floats(N, D), floats(N, 2 * D), a) for a in range(3)],

@@ -12,7 +12,7 @@ from tpformer.layers.norm import RMSNorm
 from tpformer.mesh import Axis, Mesh, divide
 from tpformer.placement import Piece, Placement
 from tpformer.random import Key
-from tpformer_kernels import Backend, apply_rope, split_and_rotate
+from tpformer_kernels import Backend, apply_rope, softmax, split_and_rotate
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class SelfAttention(nn.Module):
         """softmax(q kᵀ / sqrt(head_dim)) v: q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim)."""
         c = self.config
         windowed = c.sliding_window is not None and c.sliding_window < q.shape[2]
-        mask = _mask(q.shape[2], c, q.device) if windowed or (key and c.dropout) else None
+        mask = _mask(q.shape[2], c, q.device) if windowed else None
+        causal = c.causal and not windowed
         if key is None or c.dropout == 0:
             native = q.device.type == "cuda"  # measured: torch's CPU kernel is faster on expanded keys
             k, v = (k, v) if native else (_expand(k, q), _expand(v, q))
-            causal = c.causal and mask is None
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=native)
-        scores = q @ _expand(k, q).transpose(-1, -2) * c.head_dim**-0.5
-        probabilities = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+        scores = q @ _expand(k, q).transpose(-1, -2)
+        probabilities = softmax(scores, scale=c.head_dim**-0.5, causal=causal, mask=mask, backend=c.backend)
         return attention_dropout(
             probabilities, c.dropout, key, first_head=self.mesh.tp.rank * self.local_heads
         ) @ _expand(v, q)
@@ -121,7 +121,7 @@ def _expand(x: Tensor, q: Tensor) -> Tensor:
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def _mask(length: int, config: AttentionConfig, device: torch.device) -> Tensor | None:
+def _mask(length: int, config: AttentionConfig, device: torch.device) -> Tensor:
     """True where query (row) may see key (column): not after it, and within the window; (s, s)."""
     position = torch.arange(length, device=device)
     distance = position.unsqueeze(1) - position
