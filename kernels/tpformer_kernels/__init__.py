@@ -6,6 +6,7 @@ from tpformer_kernels.cross_entropy import ELSEWHERE, IGNORED, cross_entropy_gra
 from tpformer_kernels.dropout import dropout_add
 from tpformer_kernels.gated import GATES, gated_activation, gated_product
 from tpformer_kernels.gelu import bias_gelu
+from tpformer_kernels.matmul import matmul
 from tpformer_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tpformer_kernels.philox import philox, random_columns
 from tpformer_kernels.rope import apply_rope, split_and_rotate
@@ -29,6 +30,7 @@ __all__ = [
     "gated_activation",
     "gated_product",
     "layer_norm",
+    "matmul",
     "philox",
     "random_columns",
     "rms_norm",

@@ -9,12 +9,26 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from tpformer_kernels.backend import Backend, check_backend
 from tpformer_kernels.library import operator
+from tpformer_kernels.onednn import onednn_matmul, prefers_onednn
+
+
+def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool, *, backend: Backend = "auto") -> None:
+    """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one."""
+    check_backend(backend)
+    if backend != "torch" and prefers_onednn(a.t(), b) and total.dtype == a.dtype:
+        product = onednn_matmul(a.t(), b)
+        if first:
+            total.copy_(product)
+        else:
+            total.add_(product)
+    else:
+        accumulate_by_torch_(total, a, b, first)
 
 
 @operator("accumulate_(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()", lambda *arguments: None)
-def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one."""
+def accumulate_by_torch_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if a.dtype != total.dtype and a.is_cuda:  # the tensor cores' fp32 sums, added in fp32
         if first:
             torch.mm(a.t(), b, out_dtype=total.dtype, out=total)

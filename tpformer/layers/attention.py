@@ -50,8 +50,10 @@ class SelfAttention(nn.Module):
         rows = qkv_rows(c, mesh.tp)
         self.local_heads = c.num_heads // mesh.tp.size
         self.local_kv_heads = max(1, c.num_kv_heads // mesh.tp.size)
-        self.qkv = ColumnParallelLinear(c.hidden_size, rows.shape[0], c.qkv_bias, mesh=mesh, rows=rows)
-        self.out = RowParallelLinear(c.num_heads * c.head_dim, c.hidden_size, c.out_bias, mesh=mesh)
+        self.qkv = ColumnParallelLinear(
+            c.hidden_size, rows.shape[0], c.qkv_bias, mesh=mesh, rows=rows, backend=c.backend
+        )
+        self.out = RowParallelLinear(c.num_heads * c.head_dim, c.hidden_size, c.out_bias, mesh=mesh, backend=c.backend)
         if c.qk_norm:  # shared by heads that lie on different ranks
             self.q_norm = self._head_norm()
             self.k_norm = self._head_norm()

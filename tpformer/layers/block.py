@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from tpformer.layers.dropout import residual_dropout
+from tpformer.layers.mlp import MLP, GatedMLP
 from tpformer.layers.norm import add_norm
 from tpformer.mesh import Mesh
 from tpformer.random import Key
@@ -37,10 +38,11 @@ class DecoderBlock(nn.Module):
         attended = self.attention(self.attention_norm(x), rope, keys[0])
         if key is None or self.dropout == 0:
             normed, x = add_norm(self.mlp_norm, attended, x)
-        else:
-            x = self._drop_add(attended, x, keys[1])
-            normed = self.mlp_norm(x)
-        return self._drop_add(self.mlp(normed), x, keys[2])
+            if type(self.mlp) in (MLP, GatedMLP):  # theirs is added by the last matmul, where tp is 1
+                return self.mlp(normed, x)
+            return x + self.mlp(normed)
+        x = self._drop_add(attended, x, keys[1])
+        return self._drop_add(self.mlp(self.mlp_norm(x)), x, keys[2])
 
     def _drop_add(self, x: Tensor, residual: Tensor, key: Key | None) -> Tensor:
         return residual_dropout(x, residual, self.dropout, key, self.mesh, backend=self.backend)

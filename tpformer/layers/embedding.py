@@ -79,7 +79,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d), or (b, s/tp, d) under sequence parallelism -> (b, s, padded_vocab/tp)."""
-        return column_linear(x, self.weight, None, self.mesh)[0]
+        return column_linear(x, self.weight, self.mesh)
 
 
 class _VocabParallelLookup(torch.autograd.Function):

@@ -1,10 +1,10 @@
 """The two tensor-parallel linear layers: columns in, rows out, one all-reduce between them and the next block."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -16,9 +16,11 @@ from tpformer.collectives import (
     start_enter_gradient,
     start_scatter_sequence,
 )
+from tpformer.layers.gradient_sum import GradientSum, gradient_sum, write_products
 from tpformer.layers.init import draw_uniform
 from tpformer.mesh import Mesh, divide
 from tpformer.placement import Placement, replicated, split
+from tpformer_kernels import Backend, check_backend, matmul
 
 
 class ColumnParallelLinear(nn.Module):
@@ -41,9 +43,11 @@ class ColumnParallelLinear(nn.Module):
         gather_output: bool = False,
         interleave: int = 1,
         rows: Placement | None = None,
+        backend: Backend = "auto",
     ):
         super().__init__()
-        self.mesh, self.gather_output, self.interleave = mesh, gather_output, interleave
+        check_backend(backend)
+        self.mesh, self.gather_output, self.interleave, self.backend = mesh, gather_output, interleave, backend
         if rows is None:
             divide(out_features, interleave, "out_features", "interleave")
             whole_rows = "tp" if interleave == 1 else "interleave x tp"
@@ -65,7 +69,7 @@ class ColumnParallelLinear(nn.Module):
         that is cheaper than to take the columns apart afterwards.
         """
         bias = self.bias if add_bias else None
-        outputs = column_linear(x, self.weight, bias, self.mesh, self.interleave if apart else 1)
+        outputs = _ColumnLinear.apply(x, self.weight, bias, Product.of(self, self.interleave if apart else 1))
         if self.gather_output:
             outputs = tuple(gather_features(y, self.mesh.tp) for y in outputs)
         return outputs if apart else outputs[0]
@@ -88,9 +92,11 @@ class RowParallelLinear(nn.Module):
         *,
         mesh: Mesh = Mesh(),
         input_is_parallel: bool = True,
+        backend: Backend = "auto",
     ):
         super().__init__()
-        self.mesh, self.input_is_parallel = mesh, input_is_parallel
+        check_backend(backend)
+        self.mesh, self.input_is_parallel, self.backend = mesh, input_is_parallel, backend
         local = divide(in_features, mesh.tp.size, "in_features")
         self.weight = nn.Parameter(torch.empty(out_features, local))
         self.placements = {"weight": split((out_features, in_features), 1, mesh.tp, local)}
@@ -101,85 +107,114 @@ class RowParallelLinear(nn.Module):
             self.placements["bias"] = replicated((out_features,), mesh.tp, partial=mesh.sequence_parallel)
         draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, s, d/tp) -> (b, s, f), or (b, s/tp, f) under sequence parallelism."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(b, s, d/tp) -> (b, s, f), or (b, s/tp, f) under sequence parallelism; plus a residual of that shape."""
         if not self.input_is_parallel:
             x = split_features(x, self.mesh.tp)
+        product = Product.of(self)
         if self.mesh.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = _RowLinear.apply(x, self.weight, self.mesh)
-        return y if self.bias is None else y + self.bias
+            return _RowLinear.apply(x, self.weight, self.bias, residual, product)
+        y = _RowLinear.apply(x, self.weight, None, None, product)
+        y = y if self.bias is None else y + self.bias
+        return y if residual is None else y + residual
 
 
-def column_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh, interleave: int = 1
-) -> tuple[Tensor, ...]:
-    """Enter the tensor-parallel region and multiply by this rank's rows of the weight.
+def column_linear(x: Tensor, weight: Tensor, mesh: Mesh, *, backend: Backend = "auto") -> Tensor:
+    """Enter the tensor-parallel region and multiply by this rank's rows of a weight, which may have other uses.
 
-    x (b, s, d) or (b, s/tp, d), weight (f/tp, d) -> `interleave` tensors (b, s, f/interleave/tp).
+    x (b, s, d) or (b, s/tp, d), weight (f/tp, d) -> (b, s, f/tp).
     """
-    if mesh.tp.size == 1 and interleave == 1:
-        return (F.linear(x, weight, bias),)
-    return _ColumnLinear.apply(x, weight, bias, mesh, interleave)
+    return _ColumnLinear.apply(x, weight, None, Product(mesh, backend))[0]
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a linear layer multiplies."""
+
+    mesh: Mesh
+    backend: Backend
+    interleave: int = 1
+    """How many outputs share the rows of the weight."""
+    total: GradientSum | None = None
+    """Where the weight's gradient goes, if not to autograd."""
+
+    @staticmethod
+    def of(layer: "ColumnParallelLinear | RowParallelLinear", interleave: int = 1) -> "Product":
+        """A layer's, for one forward; announces it where gradients are summed."""
+        total = None if torch.compiler.is_compiling() else gradient_sum(layer.weight)
+        if total is not None and torch.is_grad_enabled() and layer.weight.requires_grad:
+            total.expect()
+        return Product(layer.mesh, layer.backend, interleave, total)
+
+    def weight_gradient(self, weight: Tensor, dys: list[Tensor], x: Tensor) -> Tensor | None:
+        """dyᵀ x for autograd; None if it was added to the sum."""
+        if self.total is not None:
+            self.total.add_products(dys, x, self.backend)
+            return None
+        return write_products(torch.empty_like(weight), dys, x, True, self.backend)
 
 
 class _ColumnLinear(torch.autograd.Function):
     """Enter and matmul in one, so that the communication of backward runs beside its matmuls."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh, interleave: int
-    ) -> tuple[Tensor, ...]:
-        ctx.mesh, ctx.interleave = mesh, interleave
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> tuple[Tensor, ...]:
+        ctx.product = product
         ctx.save_for_backward(x, weight)  # under sequence parallelism only (b, s/tp, d): gathered again in backward
-        biases = (None,) * interleave if bias is None else bias.unflatten(0, (-1, interleave)).unbind(1)
-        x = start_enter(x, mesh).wait()
+        n, backend = product.interleave, product.backend
+        biases = (None,) * n if bias is None else bias.unflatten(0, (-1, n)).unbind(1)
+        whole = start_enter(x, product.mesh).wait()
+        flat = whole.reshape(-1, whole.shape[-1])
         # each output's rows are a strided matrix inside the weight, which BLAS multiplies where it lies
-        parts = weight.unflatten(0, (-1, interleave)).unbind(1)
-        return tuple(F.linear(x, w, b) for w, b in zip(parts, biases, strict=True))
+        parts = weight.unflatten(0, (-1, n)).unbind(1)
+        outputs = (matmul(flat, w.t(), b, backend=backend) for w, b in zip(parts, biases, strict=True))
+        return tuple(y.view(*whole.shape[:-1], -1) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        mesh, interleave = ctx.mesh, ctx.interleave
+        product: Product = ctx.product
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        whole_x = start_enter(x, mesh) if needs_weight else None
+        whole_x = start_enter(x, product.mesh) if needs_weight else None
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]  # (b·s, f/interleave/tp)
-        dx = None
+        dx = dweight = dbias = None
         if needs_x:
-            parts = weight.unflatten(0, (-1, interleave)).unbind(1)
-            partial = dys[0] @ parts[0]
+            parts = weight.unflatten(0, (-1, product.interleave)).unbind(1)
+            partial = matmul(dys[0], parts[0], backend=product.backend)
             for dy, w in zip(dys[1:], parts[1:], strict=True):
-                partial.addmm_(dy, w)
-            dx = start_enter_gradient(partial.view(*grads[0].shape[:-1], -1), mesh)
-        dweight = dbias = None
+                partial = matmul(dy, w, residual=partial, backend=product.backend)
+            dx = start_enter_gradient(partial.view(*grads[0].shape[:-1], -1), product.mesh)
         if whole_x is not None:
-            flat = whole_x.wait().reshape(-1, weight.shape[1])
-            dweight = torch.empty_like(weight)
-            for dy, dw in zip(dys, dweight.unflatten(0, (-1, interleave)).unbind(1), strict=True):
-                torch.mm(dy.t(), flat, out=dw)
+            dweight = product.weight_gradient(weight, dys, whole_x.wait().reshape(-1, weight.shape[1]))
         if needs_bias:
             dbias = torch.stack([dy.sum(0) for dy in dys], dim=1).flatten()
-        return dx.wait() if dx else None, dweight, dbias, None, None
+        return dx.wait() if dx else None, dweight, dbias, None
 
 
 class _RowLinear(torch.autograd.Function):
-    """Matmul and leave in one, so that the sum is made in place."""
+    """Matmul and leave in one, so that the sum is made in place; bias and residual only where there is no sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
-        ctx.mesh = mesh
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, product: Product
+    ) -> Tensor:
+        ctx.product, mesh = product, product.mesh
         ctx.save_for_backward(x, weight)
-        y = F.linear(x, weight)  # (b, s, f), a part of the sum
+        added = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
+        y = matmul(flat, weight.t(), bias, added, backend=product.backend).view(*x.shape[:-1], -1)
+        if mesh.tp.size == 1:
+            return y
         return start_scatter_sequence(y, mesh.tp).wait() if mesh.sequence_parallel else all_reduce_(y, mesh.tp)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dy = start_enter(dy, ctx.mesh).wait()  # (b, s, f)
-        flat = dy.reshape(-1, dy.shape[-1])
-        dx = (flat @ weight).view_as(x) if ctx.needs_input_grad[0] else None
-        dweight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        return dx, dweight, None
+        product: Product = ctx.product
+        needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+        flat = start_enter(dy, product.mesh).wait().reshape(-1, dy.shape[-1])  # (b·s, f)
+        dx = matmul(flat, weight, backend=product.backend).view(x.shape) if needs_x else None
+        dweight = product.weight_gradient(weight, [flat], x.reshape(-1, x.shape[-1])) if needs_weight else None
+        return dx, dweight, flat.sum(0) if needs_bias else None, dy if needs_residual else None, None

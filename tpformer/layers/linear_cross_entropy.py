@@ -15,13 +15,16 @@ from torch.autograd.function import once_differentiable
 from tpformer.collectives import Pending, start_enter, start_enter_gradient, start_gather_stack
 from tpformer.layers.cross_entropy import Loss, LossOptions
 from tpformer.mesh import Mesh
-from tpformer_kernels import IGNORED, accumulate_
+from tpformer_kernels import IGNORED, Backend, accumulate_, matmul
 
 LEAST_CHUNK = 256 * 2**20
 """Bytes of a chunk of logits, at least, by default: fewer tokens would make poor matmuls and many collectives."""
 
 Chunk = tuple[slice, Tensor, Tensor, Tensor]
 """The tokens; their logits, which the next chunk but one overwrites; their losses; their log-sum-exp."""
+
+Gradients = tuple[Tensor | None, Tensor | None]
+"""Of the tokens, dx (n, d), and of the weight; None where nobody wants it."""
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -73,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[rows] = found
             if dx is not None or dweight is not None:
                 gradient = loss.gradient(logits, local[rows], lse, ones[rows], inplace=True)
-                _accumulate(gradient, flat, weight, rows, dx, dweight)
+                _accumulate(gradient, flat, weight, rows, (dx, dweight), loss.backend)
         ctx.loss, ctx.shape, ctx.spent = loss, whole.shape, False
         ctx.dtype = weight.dtype
         factor = loss.factor(local, losses.dtype)
@@ -120,9 +123,9 @@ class _Recomputing(torch.autograd.Function):
         dx, dweight = _gradients(flat, weight, ctx.needs_input_grad[:2], ctx.chunk_bytes)
         scale = grad.masked_fill(local == IGNORED, 0.0)
         for rows in _slices(flat, weight, ctx.chunk_bytes):
-            logits = flat[rows] @ weight.t()
+            logits = matmul(flat[rows], weight.t(), backend=ctx.loss.backend)
             gradient = ctx.loss.gradient(logits, local[rows], sums[rows], scale[rows], inplace=True)
-            _accumulate(gradient, flat, weight, rows, dx, dweight)
+            _accumulate(gradient, flat, weight, rows, (dx, dweight), ctx.loss.backend)
             del logits, gradient  # before the next chunk's
         pending = None if dx is None else start_enter_gradient(dx.view(ctx.shape), ctx.loss.mesh)
         dweight = None if dweight is None else dweight.to(weight.dtype)
@@ -139,7 +142,7 @@ def _chunks(flat: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes
     waiting: list[tuple[slice, Tensor, Pending]] = []
     for number, rows in enumerate(slices):
         logits = buffers[number % len(buffers)][: rows.stop - rows.start]
-        torch.mm(flat[rows], weight.t(), out=logits)
+        matmul(flat[rows], weight.t(), out=logits, backend=loss.backend)
         waiting.append((rows, logits, start_gather_stack(loss.statistics(logits, local[rows]), tp)))
         if len(waiting) > ahead:
             yield _arrived(*waiting.pop(0), local, loss)
@@ -158,7 +161,7 @@ def _slices(flat: Tensor, weight: Tensor, chunk_bytes: int) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _gradients(flat: Tensor, weight: Tensor, needed: Any, chunk_bytes: int) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(flat: Tensor, weight: Tensor, needed: Any, chunk_bytes: int) -> Gradients:
     """Room for dx (n, d) and dweight (v/tp, d), the latter in fp32 at least if several chunks add to it.
 
     A single chunk's sum is rounded once in any case; fp16 could not hold it before it is scaled.
@@ -171,14 +174,13 @@ def _gradients(flat: Tensor, weight: Tensor, needed: Any, chunk_bytes: int) -> t
     return dx, dweight if len(flat) else dweight.zero_()  # no chunk will write to it
 
 
-def _accumulate(
-    gradient: Tensor, flat: Tensor, weight: Tensor, rows: slice, dx: Tensor | None, dweight: Tensor | None
-) -> None:
+def _accumulate(gradient: Tensor, flat: Tensor, weight: Tensor, rows: slice, into: Gradients, backend: Backend) -> None:
     """Write dx of some tokens, and add their part of dweight, given the gradient of their logits (rows, v/tp)."""
+    dx, dweight = into
     if dx is not None:
-        torch.mm(gradient, weight, out=dx[rows])
+        matmul(gradient, weight, out=dx[rows], backend=backend)
     if dweight is not None:
-        accumulate_(dweight, gradient, flat[rows], rows.start == 0)
+        accumulate_(dweight, gradient, flat[rows], rows.start == 0, backend=backend)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -32,19 +32,19 @@ class MLP(nn.Module):
             raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
         divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
         self.activation, self.backend = activation, backend
-        self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, bias, mesh=mesh)
-        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
+        self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, bias, mesh=mesh, backend=backend)
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh, backend=backend)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; plus a residual of that shape."""
         # the bias costs no pass of its own, nor does its sum; whoever replaced `up` is asked for all of it
         if self.activation != "relu" and use_triton(self.backend, x) and type(self.up) is ColumnParallelLinear:
             hidden = self.up(x, add_bias=False)  # (b, s, f/tp)
-            return self.down(bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend))
+            return self.down(bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend), residual)
         hidden = self.up(x)  # (b, s, f/tp)
         if self.activation == "relu":
-            return self.down(F.relu(hidden))
-        return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+            return self.down(F.relu(hidden), residual)
+        return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"), residual)
 
 
 class GatedMLP(nn.Module):
@@ -69,14 +69,16 @@ class GatedMLP(nn.Module):
             raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GATES)}")
         divide(ffn_hidden_size, mesh.tp.size, "ffn_hidden_size")
         self.activation, self.backend = activation, backend
-        self.gate_up = ColumnParallelLinear(hidden_size, 2 * ffn_hidden_size, bias, mesh=mesh, interleave=2)
-        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh)
+        self.gate_up = ColumnParallelLinear(
+            hidden_size, 2 * ffn_hidden_size, bias, mesh=mesh, interleave=2, backend=backend
+        )
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias, mesh=mesh, backend=backend)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; plus a residual of that shape."""
         strided = x.device.type == "cpu" and not use_triton(self.backend, x) and not torch.compiler.is_compiling()
         if strided and type(self.gate_up) is ColumnParallelLinear:
             gate, up = self.gate_up(x, apart=True)  # each (b, s, f/tp): torch's CPU ops are slow on every other number
-            return self.down(gated_product(gate, up, self.activation))
+            return self.down(gated_product(gate, up, self.activation), residual)
         # one matmul, in whose output a kernel, Triton's or the compiler's, reads gate and up side by side
-        return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend))
+        return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend), residual)

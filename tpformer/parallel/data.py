@@ -1,12 +1,16 @@
 """Data parallelism: gradients accumulate in fp32 buckets, which are summed over dp while backward still runs."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tpformer.collectives import Pending, start_all_reduce
+from tpformer.layers.gradient_sum import GradientSum, set_gradient_sum
+from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpformer.mesh import Mesh
 from tpformer.placement import placements, sum_partial
 
@@ -14,16 +18,18 @@ from tpformer.placement import placements, sum_partial
 @dataclass
 class _Bucket:
     buffer: Tensor
-    missing: int  # parameters whose last gradient of this step has not come yet
+    names: tuple[str, ...]
+    missing: set[str]  # parameters whose last gradient of this step has not come yet
     pending: Pending | None = None
 
 
 class GradientBuckets:
     """The accumulated gradient of every parameter of a model, summed over its replicas and its partial copies.
 
-    Backward hooks add each gradient into a flat buffer, fp32 (fp64 for fp64 parameters), and free it. In
-    the step's last backward a bucket that is complete is all-reduced over dp at once, beside the rest of
-    backward. Nothing is communicated by the earlier micro-batches. Source: arXiv 2006.15704.
+    Linear layers add the gradient of their weight into a flat buffer, fp32 (fp64 for fp64 parameters), by the matmul
+    that computes it; backward hooks add every other gradient, and free it. In the step's last backward a bucket that
+    is complete is all-reduced over dp at once, beside the rest of backward. Nothing is communicated by the earlier
+    micro-batches. Source: arXiv 2006.15704.
 
     Use: for each micro-batch, `start(last=...)`, then `loss.backward()`; at the end `finish()`.
     Scale the loss by 1 / (micro-batches x dp), since sums are taken.
@@ -33,16 +39,16 @@ class GradientBuckets:
         self._mesh = mesh
         self._placements = placements(model, mesh)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._views: dict[str, Tensor] = {}
+        self._sums: dict[str, GradientSum] = {}
         self._buckets: list[_Bucket] = []
-        self._bucket_of: dict[str, int] = {}
-        self._fresh: set[str] = set(named)  # accumulators that hold nothing of this step yet
         self._last = True
         self._launched = 0
         for group in _groups(named, bucket_bytes):
             self._add_bucket({name: named[name] for name in group})
-        self._sizes = [bucket.missing for bucket in self._buckets]
         self._handles = [p.register_post_accumulate_grad_hook(self._hook(n)) for n, p in named.items()]
+        self._direct = {name: p for name, p in _linear_weights(model).items() if self._takes_products(name, p)}
+        for name, weight in self._direct.items():
+            set_gradient_sum(weight, self._sums[name])
 
     def start(self, *, last: bool) -> None:
         """Before each micro-batch's backward: is it the step's last one?"""
@@ -50,55 +56,78 @@ class GradientBuckets:
 
     def finish(self) -> dict[str, Tensor]:
         """The whole step's gradient of every parameter, by name; valid until the next step's first backward."""
-        for name in self._fresh:  # parameters that took no part
-            self._views[name].zero_()
+        views = {name: gradient.total for name, gradient in self._sums.items()}
+        for gradient in self._sums.values():
+            if gradient.empty:  # the parameter took no part
+                gradient.total.zero_()
         while self._launched < len(self._buckets):
             self._launch()
-        for bucket, size in zip(self._buckets, self._sizes, strict=True):
+        for bucket in self._buckets:
             if bucket.pending is not None:
                 bucket.pending.wait()
-            bucket.pending, bucket.missing = None, size
-        self._fresh, self._launched = set(self._views), 0
-        sum_partial(self._views, self._placements, self._mesh.tp)
-        return self._views
+            bucket.pending, bucket.missing = None, set(bucket.names)
+        for gradient in self._sums.values():
+            gradient.restart()
+        self._launched = 0
+        sum_partial(views, self._placements, self._mesh.tp)
+        return views
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+        for weight in self._direct.values():
+            set_gradient_sum(weight, None)
+        self._direct = {}
+
+    def _takes_products(self, name: str, weight: nn.Parameter) -> bool:
+        """No CPU multiplies bf16 and sums in fp32: there autograd's bf16 gradient is added."""
+        return name in self._sums and (weight.is_cuda or weight.dtype == self._sums[name].total.dtype)
 
     def _add_bucket(self, named: dict[str, nn.Parameter]) -> None:
         first = next(iter(named.values()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         buffer = torch.zeros(sum(p.numel() for p in named.values()), dtype=dtype, device=first.device)
-        for (name, parameter), part in zip(
-            named.items(), buffer.split([p.numel() for p in named.values()]), strict=True
-        ):
-            self._views[name] = part.view_as(parameter)
-            self._bucket_of[name] = len(self._buckets)
-        self._buckets.append(_Bucket(buffer, missing=len(named)))
+        bucket = _Bucket(buffer, tuple(named), set(named))
+        parts = buffer.split([p.numel() for p in named.values()])
+        for (name, parameter), part in zip(named.items(), parts, strict=True):
+            self._sums[name] = GradientSum(part.view_as(parameter), partial(self._complete, bucket, name))
+        self._buckets.append(bucket)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def accumulate(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if name in self._fresh:
-                self._fresh.remove(name)
-                self._views[name].copy_(parameter.grad)
-            else:
-                self._views[name].add_(parameter.grad)
+            if parameter.grad is None:  # a linear layer has added it already
+                return
+            self._sums[name].add(parameter.grad)
             parameter.grad = None
-            if self._last:
-                self._buckets[self._bucket_of[name]].missing -= 1
-                # in order, so that every rank issues the same collectives in the same order
-                while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
-                    self._launch()
 
         return accumulate
 
+    def _complete(self, bucket: _Bucket, name: str) -> None:
+        """A parameter's gradient of this micro-batch is whole; if it is the last one, send what can be sent."""
+        if not self._last:
+            return
+        bucket.missing.discard(name)
+        # in order, so that every rank issues the same collectives in the same order
+        while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
+            self._launch()
+
     def _launch(self) -> None:
         bucket = self._buckets[self._launched]
+        for name in bucket.names:
+            self._sums[name].closed = True
         bucket.pending = start_all_reduce(bucket.buffer, self._mesh.dp)
         self._launched += 1
+
+
+def _linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of linear layers, by name, that are nothing else's: no product of theirs comes unannounced."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {
+        f"{name}.weight".lstrip("."): module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and owners[id(module.weight)] == 1
+    }
 
 
 def _groups(named: dict[str, nn.Parameter], bucket_bytes: int) -> list[list[str]]:

@@ -1,0 +1,90 @@
+"""fp32 products on a CPU by oneDNN, where torch's own, which are MKL's, take a slower way.
+
+On AMD processors MKL leaves the 512-bit registers alone; oneDNN, inside the same torch, uses them. bf16 products of
+torch are oneDNN's already.
+"""
+
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import register_flop_formula
+
+from tpformer_kernels.library import operator
+
+SMALLEST = 2**27
+"""FLOPs of a product; below, what it costs to ask oneDNN is not won back."""
+PROBE = (512, 1024, 1024)
+"""m, k and n of the products that are timed, once a process: some 10 ms each."""
+
+
+@operator(
+    "onednn_matmul(Tensor a, Tensor b, Tensor? bias=None) -> Tensor",
+    lambda a, b, bias=None: a.new_empty(a.shape[0], b.shape[1]),
+)
+def onednn_matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (m, k) times b (k, n) plus bias (n), of fp32 on a CPU; contiguous."""
+    # a weight with gaps would go through oneDNN's reference code, a thousand times slower
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b.t()), bias, "none", [], "")
+
+
+@register_flop_formula(torch.ops.tpformer.onednn_matmul)
+def _flops(a: tuple[int, int], b: tuple[int, int], *bias: Any, **options: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def prefers_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether a (m, k) times b (k, n) is to be oneDNN's: large, fp32, on a CPU on which that was seen to be faster."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
+        return False
+    if 2 * a.shape[0] * a.shape[1] * b.shape[1] < SMALLEST or torch.compiler.is_compiling():
+        return False
+    return bool(torch.backends.mkldnn.enabled) and onednn_is_faster(torch.get_num_threads())
+
+
+@cache
+def onednn_is_faster(threads: int) -> bool:
+    """Time both once, where there is something to gain; the answer holds for this process.
+
+    Only on processors where MKL is known to be slow: there the difference is far from any noise, so that every rank
+    and every run decides alike.
+    """
+    return onednn_is_possible() and _seconds(onednn_matmul) < _seconds(torch.mm)
+
+
+@cache
+def onednn_is_possible() -> bool:
+    """Whether this torch has the operator and the MKL to replace, and the processor is AMD's with AVX-512."""
+    built = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    operators = built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return operators and torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() == "AuthenticAMD"
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _seconds(product: Any) -> float:
+    """The fastest of five products: what else the machine does can only slow one down."""
+    m, k, n = PROBE
+    with _disable_current_modes(), torch.no_grad():  # nobody who counts operations shall see these
+        a, b = torch.ones(m, k), torch.ones(n, k).t()
+        times = []
+        for _ in range(5):
+            start = perf_counter()
+            product(a, b)
+            times.append(perf_counter() - start)
+    return min(times)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x (m, n) if it or its transpose is contiguous, otherwise a copy."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()

@@ -1,0 +1,73 @@
+"""Where a linear layer leaves its weight's gradient, if somebody sums it over the micro-batches of a step."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from tpformer_kernels import Backend, accumulate_
+
+
+class GradientSum:
+    """The gradient of one weight, in fp32 at least, summed over the uses and the micro-batches of a step.
+
+    Matmuls add to it as they go: no gradient in the weight's own dtype is written, rounded or added afterwards.
+    `done` is called when every use that forward announced has been added.
+    """
+
+    def __init__(self, total: Tensor, done: Callable[[], None]):
+        self.total = total
+        self.empty, self.closed = True, False
+        """Holds nothing of this step yet; takes nothing more in this step."""
+        self._done, self._uses = done, 0
+
+    def expect(self) -> None:
+        """A forward that backward will follow."""
+        self._uses += 1
+
+    def restart(self) -> None:
+        """The step is over: the next gradient replaces what is here."""
+        self.empty, self.closed, self._uses = True, False, 0
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient that autograd computed. Raises RuntimeError if the sum has been sent off."""
+        self._check_open()
+        if self.empty:
+            self.total.copy_(gradient)
+        else:
+            self.total.add_(gradient)
+        self._added()
+
+    def add_products(self, dys: Sequence[Tensor], x: Tensor, backend: Backend) -> None:
+        """Add dyᵀ x (see write_products), of one announced use. Raises RuntimeError if the sum has been sent off."""
+        self._check_open()
+        write_products(self.total, dys, x, self.empty, backend)
+        self._uses -= 1
+        self._added()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError(
+                "a gradient came after its sum had been sent to the other ranks: was backward run twice?"
+            )
+
+    def _added(self) -> None:
+        self.empty = False
+        if self._uses <= 0:
+            self._done()
+
+
+def write_products(total: Tensor, dys: Sequence[Tensor], x: Tensor, first: bool, backend: Backend) -> Tensor:
+    """total (f, d) += dyᵀ x, or = if it is the first; dys: interleaved outputs (n, f/len(dys)), x (n, d)."""
+    for dy, part in zip(dys, total.unflatten(0, (-1, len(dys))).unbind(1), strict=True):
+        accumulate_(part, dy, x, first, backend=backend)
+    return total
+
+
+def gradient_sum(weight: nn.Parameter) -> GradientSum | None:
+    """Where this weight's gradient is summed; None: autograd takes it."""
+    return getattr(weight, "gradient_sum", None)
+
+
+def set_gradient_sum(weight: nn.Parameter, total: GradientSum | None) -> None:
+    """Have the gradient of a linear layer's weight summed there, from its next forward on."""
+    vars(weight)["gradient_sum"] = total
