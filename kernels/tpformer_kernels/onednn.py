@@ -43,17 +43,17 @@ def prefers_onednn(a: Tensor, b: Tensor) -> bool:
         return False
     if 2 * a.shape[0] * a.shape[1] * b.shape[1] < SMALLEST or torch.compiler.is_compiling():
         return False
-    return bool(torch.backends.mkldnn.enabled) and onednn_is_faster(torch.get_num_threads())
+    return bool(torch.backends.mkldnn.enabled) and onednn_speed(torch.get_num_threads()) > 1
 
 
 @cache
-def onednn_is_faster(threads: int) -> bool:
-    """Time both once, where there is something to gain; the answer holds for this process.
+def onednn_speed(threads: int) -> float:
+    """How many times as fast as torch.mm it is, timed once a process; 0 where there is nothing to gain.
 
     Only on processors where MKL is known to be slow: there the difference is far from any noise, so that every rank
     and every run decides alike.
     """
-    return onednn_is_possible() and _seconds(onednn_matmul) < _seconds(torch.mm)
+    return _seconds(torch.mm) / _seconds(onednn_matmul) if onednn_is_possible() else 0.0
 
 
 @cache

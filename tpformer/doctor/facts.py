@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from tpformer_kernels.jit import INTERPRETED, triton
+from tpformer_kernels.onednn import onednn_is_possible, onednn_speed
 from tpformer_kernels.tables import ARCHITECTURES, architecture_of, table
 
 PREFIXES = ("CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "TRITON_", "OMP_NUM_THREADS")
@@ -60,6 +61,7 @@ class Facts:
     memory: int | None = None
     torch_cuda: str | None = None
     blas: str | None = None
+    cpu_matmul: str | None = None
     gloo: bool | None = None
     nccl: str | None = None
     triton: str | None = None
@@ -127,6 +129,15 @@ def blas() -> str:
     matches = ((name, re.search(pattern, torch.__config__.show())) for name, pattern in patterns.items())
     found = [f"{name} {match[1]}".strip() for name, match in matches if match]
     return ", ".join([*found, f"{torch.get_num_threads()} threads"])
+
+
+@probe
+def cpu_matmul() -> str:
+    """What multiplies large fp32 matrices on this CPU; times it where there is a choice."""
+    if not onednn_is_possible():
+        return "torch.mm (nothing is known to be faster here)"
+    speed = onednn_speed(torch.get_num_threads())
+    return f"{'oneDNN' if speed > 1 else 'torch.mm'}, as measured: oneDNN has {speed:.2f} x the speed of torch.mm"
 
 
 @probe
@@ -235,6 +246,7 @@ def gather(environment: Mapping[str, str] | None = None) -> Facts:
         memory=physical_memory(),
         torch_cuda=torch.version.cuda,
         blas=blas(),
+        cpu_matmul=cpu_matmul(),
         gloo=gloo(),
         nccl=nccl(),
         triton=None if triton is None else triton.__version__,

@@ -46,6 +46,7 @@ def host(facts: Facts) -> Iterator[Row]:
 def software(facts: Facts) -> Iterator[Row]:
     yield row("torch", f"{facts.torch}, {f'CUDA {facts.torch_cuda}' if facts.torch_cuda else 'without CUDA'}")
     yield row("torch on CPU", facts.blas)
+    yield row("fp32 matmul on CPU", facts.cpu_matmul)
     backends = ["gloo"] * bool(facts.gloo) + [f"nccl {facts.nccl}"] * bool(facts.nccl)
     yield row("distributed", ", ".join(backends), "no backend")
     yield row("numpy", facts.numpy)
