@@ -1,7 +1,7 @@
 """The matmuls of sequence parallelism together with their communication, so that one can run beside the other.
 
-    gather_matmul    all-gather along the sequence, then matmuls      into a column-parallel layer; backward of a row's
-    matmul_scatter   matmul, then reduce-scatter along the sequence   out of a row-parallel layer; backward of a column's
+    gather_matmul    all-gather along the sequence, then matmuls      column-parallel layers; backward of row-parallel
+    matmul_scatter   matmul, then reduce-scatter along the sequence   row-parallel layers; backward of column-parallel
 
 `overlap_mode` chooses one of three ways, which differ in rounding at most:
 
@@ -109,7 +109,7 @@ def _decide(overlap: Overlap, group: "weakref.ref[dist.ProcessGroup]", device: t
     }
     if dist.get_rank() == 0 and not (lacking and overlap == "symm_mem"):
         why = lacking or f"overlap {overlap!r} on {device.type}"
-        logging.getLogger("tpformer").info("sequence parallelism over tp=%d: %s (%s)", peers.size(), ways[mode], why)
+        logging.getLogger("tpformer").info("tensor parallelism over tp=%d: %s (%s)", peers.size(), ways[mode], why)
     return mode, lacking
 
 

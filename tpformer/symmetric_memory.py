@@ -76,7 +76,7 @@ def _hardware(places: Sequence[Place], rank: int) -> str:
 def _nvlinks() -> Sequence[Sequence[int]]:
     """How many NVLinks join each two visible GPUs, through a switch or not: torch's own detector, by NVML."""
     from torch._C._autograd import DeviceType
-    from torch._C._distributed_c10d import _detect_dma_connectivity
+    from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
 
     return _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix
 
