@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,52 +11,13 @@ from torch import Tensor
 
 from tests.distributed import Ranks
 from tests.layers.prove import TOLERANCE, difference, noise
-from tests.symmetric import GATHER, SCATTER, fused_operators
-from tpformer import Axis, Mesh, overlap, trace_communication
+from tests.ways import WAYS, gather, mesh_for, operators, part, scatter
+from tpformer import Axis, Mesh, overlap
 from tpformer.collectives import start_gather_sequence, start_scatter_sequence
-from tpformer.mesh import Overlap
 from tpformer.overlap import chunk_lengths, gather_matmul, matmul_scatter
-from tpformer.trace import Call
 
-WAYS: dict[str, Overlap] = {
-    "plain": "off",
-    "chunked": "chunked",
-    "symm_mem fallback": "symm_mem",
-    "symm_mem cuda": "symm_mem",
-}
 # b, s, d and the features of each matrix; of s/tp = 10 four chunks are not even
 SHAPES: list[tuple[int, int, int, Sequence[int]]] = [(1, 12, 7, (5,)), (3, 16, 10, (3, 9)), (2, 40, 6, (4, 1, 11))]
-LEAST_ROWS = 2
-
-
-def mesh_for(way: str) -> Mesh:
-    """Over all processes, taking this way."""
-    size = torch.distributed.get_world_size()
-    return replace(Mesh.create(tp=size), sequence_parallel=True, overlap=WAYS[way])
-
-
-def operators(way: str) -> Any:
-    return fused_operators(way.split()[1]) if way.startswith("symm_mem") else nullcontext()
-
-
-def gather(x: Tensor, matrices: Sequence[Tensor], mesh: Mesh) -> tuple[Tensor, list[Tensor]]:
-    """gather_matmul, and at tp 1 what it would call if it did not know that there is nothing to gather."""
-    if mesh.tp.size == 1 and mesh.overlap == "symm_mem":
-        return overlap._fused_gather_matmul(x, matrices, mesh.tp)
-    if mesh.tp.size == 1 and mesh.overlap == "chunked":
-        lengths = chunk_lengths(x.shape[0], x.shape[1], LEAST_ROWS)
-        return overlap._chunked_gather_matmul(x, matrices, mesh.tp, lengths)
-    return gather_matmul(x, matrices, mesh, least_rows=LEAST_ROWS)
-
-
-def scatter(x: Tensor, matrix: Tensor, mesh: Mesh) -> Tensor:
-    """matmul_scatter, and at tp 1 what it would call if it did not know that there is nothing to sum."""
-    if mesh.tp.size == 1 and mesh.overlap == "symm_mem":
-        return overlap._fused_matmul_scatter(x, matrix, mesh.tp)
-    if mesh.tp.size == 1 and mesh.overlap == "chunked":
-        lengths = chunk_lengths(x.shape[0], x.shape[1], LEAST_ROWS)
-        return overlap._chunked_matmul_scatter(x, matrix, mesh.tp, lengths)
-    return matmul_scatter(x, matrix, mesh, least_rows=LEAST_ROWS)
 
 
 def strided(x: Tensor, how: str) -> Tensor:
@@ -69,10 +29,6 @@ def strided(x: Tensor, how: str) -> Tensor:
     if how == "sequence first":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     return x
-
-
-def part(x: Tensor, mesh: Mesh) -> Tensor:
-    return x.chunk(mesh.tp.size, dim=1)[mesh.tp.rank]
 
 
 def errors(way: str, dtype: str, broken: str = "") -> dict[str, float]:
@@ -212,51 +168,6 @@ def test_a_pair_of_layers_has_the_gradients_of_one_process(ranks: Ranks, way: st
         assert max(found) <= TOLERANCE[dtype], found
 
 
-B, S, D, F = 2, 40, 6, 5
-
-
-def record(way: str) -> list[Call]:
-    """One of each in forward, one of each inside backward."""
-    mesh, x = mesh_for(way), torch.ones(B, S, D)
-    mine, matrix = part(x, mesh), torch.ones(D, F)
-
-    def both() -> None:
-        gather(mine, [matrix, matrix], mesh)
-        scatter(x, matrix, mesh)
-
-    leaf = torch.ones(1, requires_grad=True)
-    with operators(way):
-        overlap.overlap_mode(mesh)  # decided, so that the trace has the operations alone
-        with trace_communication() as trace:
-            both()
-            leaf.register_hook(lambda grad: both())
-            (leaf * 1).backward()
-    return trace.calls
-
-
-CHUNKS = [3, 3, 2, 2]  # of 10 tokens
-GATHERED, SCATTERED = 4 * B * S * D, 4 * B * S * F
-TRACED = {
-    "plain": [("all_gather", GATHERED), ("reduce_scatter", SCATTERED)],
-    "chunked": [
-        *[("all_gather", GATHERED * n // 10) for n in CHUNKS],
-        *[("reduce_scatter", SCATTERED * n // 10) for n in CHUNKS],
-    ],
-    "symm_mem fallback": [(GATHER, GATHERED), (SCATTER, SCATTERED)],
-    "symm_mem cuda": [(GATHER, GATHERED), (SCATTER, SCATTERED)],
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_trace_shows_every_way(ranks: Ranks, way: str) -> None:
-    for calls in ranks(record, 4, way):
-        found = [(call.phase, call.op, call.bytes) for call in calls]
-        assert found == [(phase, *call) for phase in ("forward", "backward") for call in TRACED[way]]
-        assert sum(call.bytes for call in calls) == 2 * (GATHERED + SCATTERED)
-        assert {(call.axis, call.dtype) for call in calls} == {("tp", "float32")}
-        assert all(call.site.startswith("tests/test_overlap.py:") for call in calls)
-
-
 @pytest.mark.parametrize(
     ("batch", "length", "least_rows", "lengths"),
     [
@@ -274,35 +185,6 @@ def test_the_trace_shows_every_way(ranks: Ranks, way: str) -> None:
 )
 def test_chunks_are_nearly_even_and_not_too_small(batch: int, length: int, least_rows: int, lengths: list[int]) -> None:
     assert chunk_lengths(batch, length, least_rows) == lengths
-
-
-def ops_below_the_limit() -> list[str]:
-    """With the default least_rows this is too small for chunks."""
-    mesh, x = mesh_for("chunked"), torch.ones(B, S, D)
-    overlap.overlap_mode(mesh)
-    with trace_communication() as trace:
-        gather_matmul(part(x, mesh), [torch.ones(D, F)], mesh)
-        matmul_scatter(x, torch.ones(D, F), mesh)
-    return [call.op for call in trace.calls]
-
-
-def test_what_is_small_is_not_chunked(ranks: Ranks) -> None:
-    assert ranks(ops_below_the_limit, 2) == [["all_gather", "reduce_scatter"]] * 2
-
-
-@pytest.mark.parametrize("way", WAYS.values())
-def test_alone_nothing_is_communicated(way: Overlap) -> None:
-    mesh = Mesh(sequence_parallel=True, overlap=way)
-    x, w = noise("x", B, S, D), noise("w", D, F).requires_grad_()
-    with trace_communication() as trace:
-        whole, (product,) = gather_matmul(x, [w], mesh, least_rows=1)
-        summed = matmul_scatter(x, w, mesh, least_rows=1)
-    assert trace.calls == []
-    assert whole is x
-    assert torch.equal(product, x @ w)
-    assert torch.equal(summed, x @ w)
-    assert not product.requires_grad  # nobody may believe that it is differentiable
-    assert not summed.requires_grad
 
 
 @pytest.mark.parametrize(

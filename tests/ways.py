@@ -1,7 +1,8 @@
-"""Torch's fused operators on CPU tensors: the real ones know GPUs only."""
+"""Each way of `tpformer.overlap` on CPU tensors; torch's fused operators, which know GPUs only, over gloo."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -10,9 +11,54 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as torch_s
 
-from tpformer import symmetric_memory
+from tpformer import Mesh, overlap, symmetric_memory
+from tpformer.mesh import Overlap
+from tpformer.overlap import chunk_lengths, gather_matmul, matmul_scatter
 
+WAYS: dict[str, Overlap] = {
+    "plain": "off",
+    "chunked": "chunked",
+    "symm_mem fallback": "symm_mem",
+    "symm_mem cuda": "symm_mem",
+}
 GATHER, SCATTER = "fused_all_gather_matmul", "fused_matmul_reduce_scatter"
+LEAST_ROWS = 2
+
+
+def mesh_for(way: str) -> Mesh:
+    """Over all processes, taking this way."""
+    size = torch.distributed.get_world_size()
+    return replace(Mesh.create(tp=size), sequence_parallel=True, overlap=WAYS[way])
+
+
+def operators(way: str) -> Any:
+    """What the way needs on a CPU, for a `with`."""
+    return fused_operators(way.split()[1]) if way.startswith("symm_mem") else nullcontext()
+
+
+def gather(x: Tensor, matrices: Sequence[Tensor], mesh: Mesh) -> tuple[Tensor, list[Tensor]]:
+    """gather_matmul, and at tp 1 what it would call if it did not know that there is nothing to gather."""
+    if mesh.tp.size == 1 and mesh.overlap == "symm_mem":
+        return overlap._fused_gather_matmul(x, matrices, mesh.tp)
+    if mesh.tp.size == 1 and mesh.overlap == "chunked":
+        lengths = chunk_lengths(x.shape[0], x.shape[1], LEAST_ROWS)
+        return overlap._chunked_gather_matmul(x, matrices, mesh.tp, lengths)
+    return gather_matmul(x, matrices, mesh, least_rows=LEAST_ROWS)
+
+
+def scatter(x: Tensor, matrix: Tensor, mesh: Mesh) -> Tensor:
+    """matmul_scatter, and at tp 1 what it would call if it did not know that there is nothing to sum."""
+    if mesh.tp.size == 1 and mesh.overlap == "symm_mem":
+        return overlap._fused_matmul_scatter(x, matrix, mesh.tp)
+    if mesh.tp.size == 1 and mesh.overlap == "chunked":
+        lengths = chunk_lengths(x.shape[0], x.shape[1], LEAST_ROWS)
+        return overlap._chunked_matmul_scatter(x, matrix, mesh.tp, lengths)
+    return matmul_scatter(x, matrix, mesh, least_rows=LEAST_ROWS)
+
+
+def part(x: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's tokens."""
+    return x.chunk(mesh.tp.size, dim=1)[mesh.tp.rank]
 
 
 @contextmanager
