@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.distributed import Ranks
 from tpformer import Axis, Mesh, ParallelConfig
-from tpformer.mesh import divide
+from tpformer.mesh import Overlap, divide
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,46 @@ def test_degrees_below_one_are_named(name: str, degree: int) -> None:
         ParallelConfig(**{name: degree})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"{name} \({degree}\) must be at least 1"):
         Mesh.create(**{name: degree})  # type: ignore[arg-type]
+
+
+def test_an_unknown_overlap_is_named() -> None:
+    expected = r"overlap \('fast'\) must be one of 'auto', 'symm_mem', 'chunked', 'off'"
+    for make in (ParallelConfig, Mesh, Mesh.create):
+        with pytest.raises(ValueError, match=expected):
+            make(overlap="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("overlap", ["symm_mem", "chunked"])
+def test_an_overlap_needs_something_to_overlap(overlap: Overlap) -> None:
+    for make in (ParallelConfig, Mesh.create):
+        with pytest.raises(ValueError, match=rf"overlap \('{overlap}'\) needs sequence_parallel: without it"):
+            make(overlap=overlap)
+    assert ParallelConfig(sequence_parallel=True, overlap=overlap).overlap == overlap
+    assert Mesh.create(sequence_parallel=True, overlap=overlap).overlap == overlap
+
+
+def test_auto_and_off_need_nothing() -> None:
+    assert ParallelConfig().overlap == Mesh().overlap == Mesh.create().overlap == "auto"
+    assert ParallelConfig(overlap="off").overlap == Mesh(overlap="off").overlap == Mesh.create(overlap="off").overlap
+    with pytest.raises(TypeError):
+        ParallelConfig(1, 1, 1, True, "off")  # type: ignore[call-arg]
+
+
+def overlaps() -> tuple[str, str, str]:
+    """Asked for, left out, and refused."""
+    dist.barrier()
+    try:
+        Mesh.create(tp=2, overlap="chunked")
+    except ValueError as error:
+        asked = Mesh.create(tp=2, sequence_parallel=True, overlap="chunked").overlap
+        return asked, Mesh.create(tp=2).overlap, str(error)
+    return "", "", ""
+
+
+def test_every_rank_has_the_overlap_that_was_asked_for(ranks: Ranks) -> None:
+    for asked, default, message in ranks(overlaps, 4):
+        assert (asked, default) == ("chunked", "auto")
+        assert message.startswith("overlap ('chunked') needs sequence_parallel")
 
 
 def test_a_mesh_of_one_process_has_no_process_group() -> None:

@@ -193,13 +193,20 @@ def raise_together(error: BaseException | None, axis: Axis) -> None:
     """
     text = "" if error is None else f"{'O' if isinstance(error, OSError) else 'V'}{error}"
     if axis.size > 1:
-        device = "cuda" if dist.get_backend(axis.group) == "nccl" else "cpu"
-        mine = torch.zeros(4096, dtype=torch.uint8)
-        encoded = text.encode()[: len(mine)]
-        mine[: len(encoded)] = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8)[: len(encoded)]
-        texts = [bytes(t.tolist()).rstrip(b"\0") for t in gather_stack(mine.to(device), axis).cpu()]
-        text = next((t.decode(errors="replace") for t in texts if t), "")
+        assert axis.group is not None
+        text = next((t for t in gather_texts(text, axis.group) if t), "")
     if error is not None:
         raise error
     if text:
         raise (OSError if text[0] == "O" else ValueError)(text[1:])
+
+
+def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
+    """Every rank's text in rank order, each of at most 4096 bytes; collective."""
+    mine = torch.zeros(4096, dtype=torch.uint8)
+    encoded = text.encode()[: len(mine)]
+    mine[: len(encoded)] = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8)[: len(encoded)]
+    mine = mine.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    texts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(texts, mine, group=group)
+    return [bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in texts]

@@ -6,17 +6,21 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+Overlap = Literal["auto", "symm_mem", "chunked", "off"]
+"""How the matmuls of sequence parallelism run beside their communication: `overlap.overlap_mode` says what each is."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """The degrees asked for: plain numbers, no processes.
 
-    Raises ValueError for a degree below 1.
+    Raises ValueError for a degree below 1, and for an overlap that is unknown or has nothing to overlap.
     """
 
     tp: int = 1
@@ -27,12 +31,20 @@ class ParallelConfig:
     """Data-parallel degree: how many replicas; by default whatever number of processes tp and pp leave."""
     sequence_parallel: bool = False
     """Also split the activations between the parallel regions along the sequence (arXiv 2205.05198)."""
+    overlap: Overlap = field(default="auto", kw_only=True)
+    """Under sequence parallelism, what runs matmuls beside their communication: torch's symmetric memory, or chunks."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp"):
             degree = getattr(self, name)
             if degree is not None and degree < 1:
                 raise ValueError(f"{name} ({degree}) must be at least 1")
+        _check_overlap(self.overlap)
+        if self.overlap in ("symm_mem", "chunked") and not self.sequence_parallel:
+            raise ValueError(
+                f"overlap ({self.overlap!r}) needs sequence_parallel: without it no matmul has a gather before it "
+                "or a reduce-scatter after it"
+            )
 
     def sizes(self, world_size: int) -> tuple[int, int, int]:
         """The sizes of the axes (pp, dp, tp) on `world_size` processes.
@@ -69,6 +81,7 @@ class Mesh:
     """The live axes `pp, dp, tp` of this process, passed to whatever is parallel; `Mesh()` is one process.
 
     `world` is all axes together, for the one all-reduce of the gradient norm.
+    Raises ValueError for an unknown overlap.
     """
 
     pp: Axis = Axis("pp")
@@ -78,6 +91,10 @@ class Mesh:
     sequence_parallel: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     device_mesh: DeviceMesh | None = None
+    overlap: Overlap = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_overlap(self.overlap)
 
     @staticmethod
     def create(
@@ -86,6 +103,7 @@ class Mesh:
         dp: int | None = None,
         sequence_parallel: bool = False,
         *,
+        overlap: Overlap = "auto",
         device: str | None = None,
         timeout_seconds: float = 600.0,
     ) -> "Mesh":
@@ -93,14 +111,15 @@ class Mesh:
 
         Joins the default process group (NCCL on GPUs, gloo on CPUs) or starts it from torchrun's
         environment; with one process and no launcher there is no process group at all.
-        Raises ValueError, before any communication, if the degrees do not match the processes or the GPUs.
+        Raises ValueError, before any communication, if the degrees do not match the processes or the GPUs, and as
+        ParallelConfig does.
         """
-        config = ParallelConfig(tp, pp, dp, sequence_parallel)
+        config = ParallelConfig(tp, pp, dp, sequence_parallel, overlap=overlap)
         world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         sizes = config.sizes(world_size)
         place = _device(device)
         if world_size == 1 and not dist.is_initialized() and "RANK" not in os.environ:
-            return Mesh(device=place, sequence_parallel=sequence_parallel)
+            return Mesh(device=place, sequence_parallel=sequence_parallel, overlap=overlap)
         if not dist.is_initialized():
             backend = "nccl" if place.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
@@ -115,11 +134,16 @@ class Mesh:
         if world.group is not None:
             world.group._set_group_desc(f"mesh_{alone[0]}" if alone else "default_pg")
         atexit.register(_release, weakref.ref(device_mesh))
-        return Mesh(pp_axis, dp_axis, tp_axis, world, sequence_parallel, place, device_mesh)
+        return Mesh(pp_axis, dp_axis, tp_axis, world, sequence_parallel, place, device_mesh, overlap=overlap)
 
     def close(self) -> None:
         """Leave the process group, if there is one; a rank calls it at its end, or it happens at exit."""
         _release(lambda: self.device_mesh)
+
+
+def _check_overlap(overlap: str) -> None:
+    if overlap not in get_args(Overlap):
+        raise ValueError(f"overlap ({overlap!r}) must be one of {', '.join(map(repr, get_args(Overlap)))}")
 
 
 def _release(device_mesh: Callable[[], DeviceMesh | None]) -> None:

@@ -43,6 +43,8 @@ _OPERATORS = {
     "recv": "recv",
     "recv_any_source": "recv",
     "barrier": "barrier",
+    "fused_all_gather_matmul": "fused_all_gather_matmul",  # symmetric memory's, which no other operator is below
+    "fused_matmul_reduce_scatter": "fused_matmul_reduce_scatter",
 }
 _NOT_COLLECTIVE = ("wait_tensor", "_wrap_tensor_autograd")
 
@@ -70,7 +72,7 @@ class Trace(TorchDispatchMode):
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # DTensor goes first, and issues the collectives that it needs
         operator = func._schema.name.split("::")[1]
-        if func.namespace in ("c10d", "_c10d_functional") and operator not in _NOT_COLLECTIVE:
+        if func.namespace in ("c10d", "_c10d_functional", "symm_mem") and operator not in _NOT_COLLECTIVE:
             self._record(f"{func.namespace}::{operator}", args)
         return func(*args, **(kwargs or {}))
 
@@ -78,16 +80,13 @@ class Trace(TorchDispatchMode):
         op = _OPERATORS.get(operator.split("::")[1].removesuffix("_"))
         if op is None:
             raise RuntimeError(f"the trace does not know the collective {operator}")
-        # in and out come first; the larger is the payload, but functional all-gathers show only what goes in
-        sides = [] if op == "barrier" else [list(_tensors(side)) for side in args[:2]]
-        tensors = max(sides, key=_bytes, default=[])
-        times = args[1] if op == "all_gather" and isinstance(args[1], int) else 1
+        size, dtype = _payload(op, args)
         self.calls.append(
             Call(
                 op=op,
                 axis=_axis_name(args),
-                bytes=times * _bytes(tensors),
-                dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "-",
+                bytes=size,
+                dtype=dtype,
                 phase="backward" if torch._C._current_graph_task_id() != -1 else "forward",
                 site=_call_site(),
             )
@@ -138,6 +137,24 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _payload(op: str, args: Any) -> tuple[int, str]:
+    """Bytes and dtype of a collective's unsharded side, of its operator's arguments."""
+    if op.startswith("fused"):  # a tensor, one matrix or several, a dim, ..., a group
+        x, dtype = args[0], str(args[0].dtype).removeprefix("torch.")
+        if op == "fused_all_gather_matmul":
+            return _group(args[-1]).size() * _bytes([x]), dtype
+        return _bytes([x]) // x.shape[-1] * args[1].shape[-1], dtype  # of the product
+    # in and out come first; the larger is the payload, but functional all-gathers show only what goes in
+    sides = [] if op == "barrier" else [list(_tensors(side)) for side in args[:2]]
+    tensors = max(sides, key=_bytes, default=[])
+    times = args[1] if op == "all_gather" and isinstance(args[1], int) else 1
+    return times * _bytes(tensors), str(tensors[0].dtype).removeprefix("torch.") if tensors else "-"
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def _axis_name(args: Any) -> str:
     """The name of the mesh axis whose process group, or the name of it, is among an operator's arguments."""
     for argument in args:
@@ -145,7 +162,7 @@ def _axis_name(args: Any) -> str:
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             group = dist.ProcessGroup.unbox(argument)
         elif argument is args[-1] and isinstance(argument, str):  # the functional family
-            group = dist.distributed_c10d._resolve_process_group(argument)  # type: ignore[arg-type]
+            group = _group(argument)
         if group is not None:  # a DeviceMesh describes the group of its axis "tp" as "mesh_tp"
             return group.group_desc.removeprefix("mesh_").replace("default_pg", "world")
     return "?"
@@ -156,7 +173,7 @@ def _call_site() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")
-        plumbing = path.endswith(("tpformer/trace.py", "tpformer/collectives.py"))
+        plumbing = path.endswith(("tpformer/trace.py", "tpformer/collectives.py", "tpformer/overlap.py"))
         if not plumbing and "/site-packages/" not in path and "/torch/" not in path and "<" not in path:
             return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}"
         frame = frame.f_back

@@ -113,6 +113,8 @@ FLAGS = [
     "--dp",
     "2",
     "--sequence-parallel",
+    "--overlap",
+    "chunked",
     "--lr",
     "1",
     "--schedule",
