@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tpformer.collectives import (
+    Pending,
     all_reduce_,
     gather_features,
     split_features,
@@ -19,6 +20,7 @@ from tpformer.collectives import (
 from tpformer.layers.gradient_sum import GradientSum, gradient_sum, write_products
 from tpformer.layers.init import draw_uniform
 from tpformer.mesh import Mesh, divide
+from tpformer.overlap import gather_matmul, matmul_scatter, overlap_mode
 from tpformer.placement import Placement, replicated, split
 from tpformer_kernels import Backend, check_backend, matmul
 
@@ -61,6 +63,8 @@ class ColumnParallelLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(local))
             self.placements["bias"] = Placement(rows.shape[:1], 0, rows.pieces, rows.partial)
         draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
+        if mesh.sequence_parallel:
+            overlap_mode(mesh)  # ask the ranks once, before a step
 
     def forward(self, x: Tensor, *, apart: bool = False, add_bias: bool = True) -> Any:
         """(b, s, d) -> (b, s, f/tp), or (b, s, f) with gather_output; without add_bias the bias is left to the caller.
@@ -106,6 +110,8 @@ class RowParallelLinear(nn.Module):
             # after a reduce-scatter each rank adds the bias to its own tokens only
             self.placements["bias"] = replicated((out_features,), mesh.tp, partial=mesh.sequence_parallel)
         draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
+        if mesh.sequence_parallel:
+            overlap_mode(mesh)  # ask the ranks once, before a step
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(b, s, d/tp) -> (b, s, f), or (b, s/tp, f) under sequence parallelism; plus a residual of that shape."""
@@ -146,6 +152,11 @@ class Product:
             total.expect()
         return Product(layer.mesh, layer.backend, interleave, total)
 
+    def overlaps(self) -> bool:
+        """Whether matmuls run beside their own communication."""
+        mesh = self.mesh
+        return mesh.sequence_parallel and mesh.tp.size > 1 and overlap_mode(mesh) != "plain"
+
     def weight_gradient(self, weight: Tensor, dys: list[Tensor], x: Tensor) -> Tensor | None:
         """dyᵀ x for autograd; None if it was added to the sum."""
         if self.total is not None:
@@ -163,11 +174,15 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)  # under sequence parallelism only (b, s/tp, d): gathered again in backward
         n, backend = product.interleave, product.backend
         biases = (None,) * n if bias is None else bias.unflatten(0, (-1, n)).unbind(1)
+        # each output's rows are a strided matrix inside the weight, which BLAS multiplies where it lies
+        parts = [w.t() for w in weight.unflatten(0, (-1, n)).unbind(1)]
+        if product.overlaps():
+            _, outputs = gather_matmul(_batched(x), parts, product.mesh)
+            added = (y if b is None else y.add_(b) for y, b in zip(outputs, biases, strict=True))
+            return tuple(y.view(*x.shape[:-2], *y.shape[1:]) for y in added)
         whole = start_enter(x, product.mesh).wait()
         flat = whole.reshape(-1, whole.shape[-1])
-        # each output's rows are a strided matrix inside the weight, which BLAS multiplies where it lies
-        parts = weight.unflatten(0, (-1, n)).unbind(1)
-        outputs = (matmul(flat, w.t(), b, backend=backend) for w, b in zip(parts, biases, strict=True))
+        outputs = [matmul(flat, w, b, backend=backend) for w, b in zip(parts, biases, strict=True)]
         return tuple(y.view(*whole.shape[:-1], -1) for y in outputs)
 
     @staticmethod
@@ -179,7 +194,10 @@ class _ColumnLinear(torch.autograd.Function):
         whole_x = start_enter(x, product.mesh) if needs_weight else None
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]  # (b·s, f/interleave/tp)
         dx = dweight = dbias = None
-        if needs_x:
+        if needs_x and product.overlaps():
+            dy = grads[0] if len(grads) == 1 else torch.stack(grads, dim=-1).flatten(-2)  # as the weight's rows lie
+            dx = Pending(None, matmul_scatter(_batched(dy), weight, product.mesh).view(x.shape))
+        elif needs_x:
             parts = weight.unflatten(0, (-1, product.interleave)).unbind(1)
             partial = matmul(dys[0], parts[0], backend=product.backend)
             for dy, w in zip(dys[1:], parts[1:], strict=True):
@@ -201,6 +219,9 @@ class _RowLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.product, mesh = product, product.mesh
         ctx.save_for_backward(x, weight)
+        if product.overlaps():
+            y = matmul_scatter(_batched(x), weight.t(), mesh)
+            return y.view(*x.shape[:-2], *y.shape[1:])
         added = None if residual is None else residual.reshape(-1, residual.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
         y = matmul(flat, weight.t(), bias, added, backend=product.backend).view(*x.shape[:-1], -1)
@@ -214,7 +235,17 @@ class _RowLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
         needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-        flat = start_enter(dy, product.mesh).wait().reshape(-1, dy.shape[-1])  # (b·s, f)
-        dx = matmul(flat, weight, backend=product.backend).view(x.shape) if needs_x else None
+        if needs_x and product.overlaps():
+            whole, (dx,) = gather_matmul(_batched(dy), [weight], product.mesh)
+        else:
+            whole, dx = start_enter(dy, product.mesh).wait(), None
+        flat = whole.reshape(-1, dy.shape[-1])  # (b·s, f)
+        if needs_x:
+            dx = (matmul(flat, weight, backend=product.backend) if dx is None else dx).view(x.shape)
         dweight = product.weight_gradient(weight, [flat], x.reshape(-1, x.shape[-1])) if needs_weight else None
         return dx, dweight, flat.sum(0) if needs_bias else None, dy if needs_residual else None, None
+
+
+def _batched(x: Tensor) -> Tensor:
+    """x (..., s, d) as (b, s, d)."""
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
