@@ -98,7 +98,7 @@ def next_power_of_two(x: int) -> int:
 def derived_tile(tiles: dict[str, dict[str, int]], m: int, n: int, multiprocessors: int) -> str:
     """The tile of least time: waves of tiles, times their area, times what they read for each product.
 
-    A tile reads BLOCK_M + BLOCK_N numbers for BLOCK_M · BLOCK_N products; at 32 of each its reads cost as much as these.
+    For BLOCK_M · BLOCK_N products a tile reads BLOCK_M + BLOCK_N numbers, each taken to cost as much as 32 products.
     """
 
     def time(name: str) -> float:

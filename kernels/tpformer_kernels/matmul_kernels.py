@@ -1,4 +1,4 @@
-"""Triton kernels of matmul: y = a b with what follows it in one pass; a and b read by pointers, or by descriptors (TMA).
+"""Triton kernels of matmul: y = a b and what follows it in one pass; a and b by pointers, or by descriptors (TMA).
 
 Both are persistent: as many programs as the device has multiprocessors each take every so-many-th tile. Tiles are
 numbered in groups of GROUP_M rows, so that programs that run together share columns of b in the L2 cache.

@@ -1,4 +1,4 @@
-"""The launches of matmul's kernels, as operators of torch: y = a b (+ bias + residual), activated, or added in place."""
+"""The launches of matmul's kernels, as operators: y = a b (+ bias + residual), activated, or added in place."""
 
 from typing import Any, NamedTuple
 
