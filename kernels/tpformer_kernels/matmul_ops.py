@@ -75,7 +75,11 @@ def _run(y: Tensor, a: Tensor, b: Tensor, epilogue: Epilogue, tf32: bool) -> Non
     kind = kind_of(a, b, epilogue.name)
     options = choose(kind, m, n, k, a.dtype, a.device, loads=loads, tf32=tf32).options
     blocks = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
-    flags = {"ACTIVATION": epilogue.activation, "PRECISION": "tf32" if tf32 else "ieee", **options}
+    flags = {
+        "ACTIVATION": epilogue.activation,
+        "PRECISION": "tf32" if tf32 and a.dtype == torch.float32 else "ieee",
+        **options,
+    }
     grid = (min(programs(a.device), -(-m // blocks[0]) * -(-n // blocks[1])),)
     bias, residual = epilogue.bias, epilogue.residual
     behind = (None if bias is None else bias.contiguous(), residual, m, n, k, *y.stride())
