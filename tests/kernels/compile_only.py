@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.kernels import compile_matmul
 from tpformer_kernels import library, tables
 from tpformer_kernels.jit import INTERPRETED, jit, tl, triton
 from tpformer_kernels.norm_kernels import WIDE_BACKWARD, WIDE_FORWARD
@@ -39,6 +40,8 @@ class Case(NamedTuple):
     """All values of each flag; the first is the one that costs most."""
     last: int = 1 << 16
     """The largest size that the last row serves."""
+    launches: Callable[[int], Iterator[tuple[Any, ...]]] | None = None
+    """The calls on an architecture, of a case that is no key of the tables."""
 
 
 def norm_forward(rows: int, size: int, dtype: torch.dtype, residual: bool, bias: bool, center: bool) -> None:
@@ -146,6 +149,12 @@ CASES: dict[str, Case] = {
     "softmax_backward_wide": Case(softmax, SOFTMAX),
     "cross_entropy_statistics": Case(cross_entropy, CROSS_ENTROPY),
     "cross_entropy_gradient": Case(cross_entropy, CROSS_ENTROPY),
+    **{
+        f"matmul {numbers}": Case(
+            compile_matmul.matmul, {}, launches=functools.partial(compile_matmul.launches, numbers=numbers)
+        )
+        for numbers in compile_matmul.DTYPES
+    },
 }
 CONTROLS = {"spilling": Case(spilling, {}), "sharing": Case(sharing, {})}
 """What must be complained about."""
@@ -189,6 +198,9 @@ class Result:
 
 def calls(case: Case, rows: list[dict[str, Any]], architecture: int) -> Iterator[Call]:
     """Each row of the table with every flag set, and each other combination of flags and shapes once."""
+    if case.launches is not None:
+        yield from itertools.starmap(Call, case.launches(architecture))
+        return
     sizes = [row["up_to"] or case.last for row in rows]
     heaviest, *others = (
         dict(zip(case.flags, values, strict=True)) for values in itertools.product(*case.flags.values())
@@ -284,14 +296,18 @@ def compiler() -> Compiler:
 def compile_case(architecture: int, name: str) -> Result:
     """One job of the pool."""
     case = CONTROLS[name] if name in CONTROLS else CASES[name]
-    rows = [{"up_to": None}] if name in CONTROLS else tables.table(architecture)["kernels"][name]
+    rows = [{"up_to": None}] if name in CONTROLS else tables.table(architecture)["kernels"].get(name, [])
     return compiler().compile(architecture, name, case, rows)
+
+
+def has_rows(name: str, architecture: int) -> bool:
+    return CASES[name].launches is not None or name in tables.table(architecture)["kernels"]
 
 
 def main() -> None:
     """Prints the results, as a JSON list, to standard output."""
     # keys that share a case lie apart, so that the second finds in the cache what the first has compiled
-    jobs = [(a, name) for name in CASES for a in tables.ARCHITECTURES if name in tables.table(a)["kernels"]]
+    jobs = [(a, name) for name in CASES for a in tables.ARCHITECTURES if has_rows(name, a)]
     jobs += [(90, name) for name in CONTROLS]
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
         results = pool.map(compile_case, *zip(*jobs, strict=True))
