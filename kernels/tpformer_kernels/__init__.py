@@ -6,8 +6,9 @@ from tpformer_kernels.cross_entropy import ELSEWHERE, IGNORED, cross_entropy_gra
 from tpformer_kernels.dropout import dropout_add
 from tpformer_kernels.gated import GATES, gated_activation, gated_product
 from tpformer_kernels.gelu import bias_gelu
-from tpformer_kernels.matmul import matmul
+from tpformer_kernels.matmul import fuses_activation, matmul, matmul_activation
 from tpformer_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from tpformer_kernels.onednn import prefers_onednn
 from tpformer_kernels.philox import philox, random_columns
 from tpformer_kernels.rope import apply_rope, split_and_rotate
 from tpformer_kernels.softmax import softmax
@@ -27,11 +28,14 @@ __all__ = [
     "cross_entropy_gradient",
     "cross_entropy_statistics",
     "dropout_add",
+    "fuses_activation",
     "gated_activation",
     "gated_product",
     "layer_norm",
     "matmul",
+    "matmul_activation",
     "philox",
+    "prefers_onednn",
     "random_columns",
     "rms_norm",
     "softmax",

@@ -1,7 +1,4 @@
-"""A sum of matrix products in a wider dtype than the products' factors, in place: a weight's gradient over many parts.
-
-No Triton here: it is a matmul of torch, which torch.compile cannot yet take with a wider output.
-"""
+"""A weight's gradient, summed in place over many parts, in a wider dtype than that of the products' factors."""
 
 from typing import Any
 
@@ -9,15 +6,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tpformer_kernels.backend import Backend, check_backend
+from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.library import operator
+from tpformer_kernels.matmul_choice import choose_for
+from tpformer_kernels.matmul_ops import matmul_accumulate_
 from tpformer_kernels.onednn import onednn_matmul, prefers_onednn
 
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool, *, backend: Backend = "auto") -> None:
     """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one."""
-    check_backend(backend)
-    if backend != "torch" and prefers_onednn(a.t(), b) and total.dtype == a.dtype:
+    triton = use_triton(backend, a) and total.dtype == torch.float32
+    if triton and (backend == "triton" or choose_for(a.t(), b, "accumulate", False).backend == "triton"):
+        matmul_accumulate_(total, a, b, first)
+    elif backend != "torch" and prefers_onednn(a.t(), b) and total.dtype == a.dtype:
         product = onednn_matmul(a.t(), b)
         if first:
             total.copy_(product)
@@ -29,6 +30,7 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool, *, backend: Ba
 
 @operator("accumulate_(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()", lambda *arguments: None)
 def accumulate_by_torch_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """An operator, because torch.compile cannot yet take a matmul of torch with a wider output."""
     if a.dtype != total.dtype and a.is_cuda:  # the tensor cores' fp32 sums, added in fp32
         if first:
             torch.mm(a.t(), b, out_dtype=total.dtype, out=total)

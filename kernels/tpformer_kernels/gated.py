@@ -18,15 +18,18 @@ from tpformer_kernels.tables import options
 GATES = ("silu", "gelu", "gelu_tanh")
 
 
-def gated_activation(gate_up: Tensor, activation: str, *, backend: Backend = "auto") -> Tensor:
+def gated_activation(
+    gate_up: Tensor, activation: str, *, computed: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
     """act(gate) · up of pairs that lie side by side: x[..., 2i] is the gate of x[..., 2i + 1]; (..., 2f) -> (..., f).
 
-    activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU). Raises ValueError for another, or for an odd last dim.
+    activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU). computed: the result, if matmul_activation gave it.
+    Raises ValueError for another activation, or for an odd last dim.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"the last dim of gate_up {tuple(gate_up.shape)} must be even: a gate and an up each")
     if use_triton(backend, gate_up):
-        return _GatedPairs.apply(gate_up, _number(activation))
+        return _GatedPairs.apply(gate_up, _number(activation), computed)
     return gated_product(gate_up[..., 0::2], gate_up[..., 1::2], activation)
 
 
@@ -58,16 +61,16 @@ class _GatedProduct(torch.autograd.Function):
 
 class _GatedPairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, activation: int) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: int, computed: Tensor | None) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate_up)
-        return gated_forward(gate_up, activation)
+        return gated_forward(gate_up, activation) if computed is None else computed.view_as(computed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
-        return gated_backward(dy, gate_up, ctx.activation), None
+        return gated_backward(dy, gate_up, ctx.activation), None, None
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -19,10 +19,18 @@ from tpformer_kernels.tables import options
 GELUS = ("gelu", "gelu_tanh")
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None, activation: str = "gelu", *, backend: Backend = "auto") -> Tensor:
+def bias_gelu(
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str = "gelu",
+    *,
+    computed: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """gelu(x + bias), bias optional; (..., f), (f) -> (..., f).
 
-    activation: "gelu" (erf) or "gelu_tanh". Raises ValueError for another, or for a bias of another size.
+    activation: "gelu" (erf) or "gelu_tanh". computed: the result, if matmul_activation gave it (with the bias in x).
+    Raises ValueError for another activation, or for a bias of another size.
     """
     if activation not in GELUS:
         raise ValueError(f"activation ({activation!r}) must be one of {', '.join(GELUS)}")
@@ -31,25 +39,25 @@ def bias_gelu(x: Tensor, bias: Tensor | None, activation: str = "gelu", *, backe
     if bias is not None and tuple(bias.shape) != tuple(x.shape[-1:]):
         raise ValueError(f"bias {tuple(bias.shape)} must be as long as the last dim of x {tuple(x.shape)}")
     if use_triton(backend, x):
-        return _BiasGelu.apply(x, bias, activation == "gelu_tanh")
+        return _BiasGelu.apply(x, bias, activation == "gelu_tanh", computed)
     hidden = x if bias is None else x + bias
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none").to(x.dtype)
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh: bool, computed: Tensor | None) -> Tensor:
         ctx.tanh = tanh
         ctx.save_for_backward(x, bias)
-        return bias_gelu_forward(x, bias, tanh)
+        return bias_gelu_forward(x, bias, tanh) if computed is None else computed.view_as(computed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, bias = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
         dx, dbias = bias_gelu_backward(dy, x, bias, ctx.tanh, with_bias)
-        return dx, dbias.to(bias.dtype) if with_bias else None, None
+        return dx, dbias.to(bias.dtype) if with_bias else None, None, None
 
 
 @operator("bias_gelu_forward(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape))

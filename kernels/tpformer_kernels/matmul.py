@@ -1,12 +1,17 @@
 """Products of two matrices and what follows them; the layers' hot path.
 
-No autograd: these are called in the forward and the backward of the layers' own functions.
+No autograd: these are called in the forward and the backward of the layers' own functions. On CUDA auto takes the
+kernel where the table says that it was measured faster (matmul_choice.py), on a CPU oneDNN where that is (onednn.py).
 """
 
 import torch
 from torch import Tensor
 
-from tpformer_kernels.backend import Backend, check_backend
+from tpformer_kernels.backend import Backend, use_triton
+from tpformer_kernels.gated import GATES
+from tpformer_kernels.gelu import GELUS
+from tpformer_kernels.matmul_choice import choose, choose_for
+from tpformer_kernels.matmul_ops import matmul_activated, matmul_forward
 from tpformer_kernels.onednn import onednn_matmul, prefers_onednn
 
 
@@ -17,10 +22,16 @@ def matmul(
     residual: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    tf32: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """a b + bias + residual, (m, k) times (k, n) plus (n) and (m, n) -> (m, n), summed in fp32; any strides."""
-    check_backend(backend)
+    """a b + bias + residual, (m, k) times (k, n) plus (n) and (m, n) -> (m, n), summed in fp32; any strides.
+
+    out: the result, written by torch or oneDNN whatever the backend. tf32: the kernel may round fp32 factors to it.
+    """
+    name = "residual" if residual is not None else "bias" if bias is not None else "plain"
+    if out is None and use_triton(backend, a) and (backend == "triton" or _wins(a, b, name, tf32)):
+        return matmul_forward(a, b, bias, residual, tf32)
     if backend != "torch" and prefers_onednn(a, b):
         y = onednn_matmul(a, b, bias)
         y = y if out is None else out.copy_(y)
@@ -29,3 +40,28 @@ def matmul(
     else:
         y = torch.addmm(bias, a, b, out=out)
     return y if residual is None else y.add_(residual)
+
+
+def matmul_activation(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str, *, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """a b + bias and the activation of that, both from one kernel: (m, k), (k, n), (n) -> (m, n), (m, n) or (m, n/2).
+
+    activation: "gelu" or "gelu_tanh"; gated: one of GATES, of pairs of columns that lie side by side, (gate, up).
+    """
+    number = GATES.index(activation) if gated else len(GATES) + GELUS.index(activation)
+    y, pre = matmul_activated(a, b, bias, number, False)
+    return pre, y
+
+
+def fuses_activation(x: Tensor, rows: int, weight: Tensor, gated: bool, backend: Backend) -> bool:
+    """Whether matmul_activation is the one to use for `rows` rows like those of x, times weightᵀ."""
+    if not use_triton(backend, x):
+        return False
+    n, k = weight.shape
+    kind = "nt gated" if gated else "nt gelu"
+    return backend == "triton" or choose(kind, rows, n, k, x.dtype, x.device).backend == "triton"
+
+
+def _wins(a: Tensor, b: Tensor, epilogue: str, tf32: bool) -> bool:
+    return choose_for(a, b, epilogue, tf32).backend == "triton"

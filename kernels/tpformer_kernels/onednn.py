@@ -18,6 +18,8 @@ from tpformer_kernels.library import operator
 
 SMALLEST = 2**27
 """FLOPs of a product; below, what it costs to ask oneDNN is not won back."""
+COPY = 1.5
+"""How many times as fast it must be where a matrix with gaps has to be copied first."""
 PROBE = (512, 1024, 1024)
 """m, k and n of the products that are timed, once a process: 8 of each, some 10 ms long."""
 
@@ -43,7 +45,8 @@ def prefers_onednn(a: Tensor, b: Tensor) -> bool:
         return False
     if 2 * a.shape[0] * a.shape[1] * b.shape[1] < SMALLEST or torch.compiler.is_compiling():
         return False
-    return bool(torch.backends.mkldnn.enabled) and onednn_speed(torch.get_num_threads()) > 1
+    worth = 1.0 if is_dense(a) and is_dense(b) else COPY
+    return bool(torch.backends.mkldnn.enabled) and onednn_speed(torch.get_num_threads()) > worth
 
 
 @cache
@@ -85,6 +88,10 @@ def _seconds(product: Any, a: Tensor, b: Tensor) -> float:
     return perf_counter() - start
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x (m, n) or its transpose is contiguous."""
+    return x.is_contiguous() or x.t().is_contiguous()
+
+
 def _dense(x: Tensor) -> Tensor:
-    """x (m, n) if it or its transpose is contiguous, otherwise a copy."""
-    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+    return x if is_dense(x) else x.contiguous()

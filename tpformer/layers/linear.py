@@ -22,7 +22,7 @@ from tpformer.layers.init import draw_uniform
 from tpformer.mesh import Mesh, divide
 from tpformer.overlap import gather_matmul, matmul_scatter, overlap_mode
 from tpformer.placement import Placement, replicated, split
-from tpformer_kernels import Backend, check_backend, matmul
+from tpformer_kernels import Backend, check_backend, fuses_activation, matmul, matmul_activation
 
 
 class ColumnParallelLinear(nn.Module):
@@ -66,17 +66,26 @@ class ColumnParallelLinear(nn.Module):
         if mesh.sequence_parallel:
             overlap_mode(mesh)  # ask the ranks once, before a step
 
-    def forward(self, x: Tensor, *, apart: bool = False, add_bias: bool = True) -> Any:
+    def forward(self, x: Tensor, *, apart: bool = False, add_bias: bool = True, activation: str | None = None) -> Any:
         """(b, s, d) -> (b, s, f/tp), or (b, s, f) with gather_output; without add_bias the bias is left to the caller.
 
         apart: a tuple of `interleave` tensors (b, s, f/interleave/tp), a matmul each over a strided weight; on a CPU
         that is cheaper than to take the columns apart afterwards.
+        activation: a pair, the output and its activation by the same kernel, (b, s, f/tp) or, of gate|up,
+        (b, s, f/2/tp); the second is a constant to autograd. Only where `fuses` allows it.
         """
         bias = self.bias if add_bias else None
-        outputs = _ColumnLinear.apply(x, self.weight, bias, Product.of(self, self.interleave if apart else 1))
+        product = Product.of(self, self.interleave if apart else 1, activation)
+        outputs = _ColumnLinear.apply(x, self.weight, bias, product)
         if self.gather_output:
             outputs = tuple(gather_features(y, self.mesh.tp) for y in outputs)
-        return outputs if apart else outputs[0]
+        return outputs if apart or activation is not None else outputs[0]
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the kernel that also activates is the faster one for x (b, s, d) or (b, s/tp, d), or asked for."""
+        rows = x.shape[:-1].numel() * (self.mesh.tp.size if self.mesh.sequence_parallel else 1)
+        plain = not self.gather_output and not Product(self.mesh, self.backend).overlaps()
+        return plain and fuses_activation(x, rows, self.weight, self.interleave == 2, self.backend)
 
 
 class RowParallelLinear(nn.Module):
@@ -141,16 +150,23 @@ class Product:
     backend: Backend
     interleave: int = 1
     """How many outputs share the rows of the weight."""
+    activation: str | None = None
+    """Returned beside the output."""
+    gated: bool = False
+    """Of pairs of columns."""
     total: GradientSum | None = None
     """Where the weight's gradient goes, if not to autograd."""
 
     @staticmethod
-    def of(layer: "ColumnParallelLinear | RowParallelLinear", interleave: int = 1) -> "Product":
+    def of(
+        layer: "ColumnParallelLinear | RowParallelLinear", interleave: int = 1, activation: str | None = None
+    ) -> "Product":
         """A layer's, for one forward; announces it where gradients are summed."""
         total = None if torch.compiler.is_compiling() else gradient_sum(layer.weight)
         if total is not None and torch.is_grad_enabled() and layer.weight.requires_grad:
             total.expect()
-        return Product(layer.mesh, layer.backend, interleave, total)
+        gated = activation is not None and getattr(layer, "interleave", 1) == 2
+        return Product(layer.mesh, layer.backend, interleave, activation, gated, total)
 
     def overlaps(self) -> bool:
         """Whether matmuls run beside their own communication."""
@@ -162,6 +178,8 @@ class Product:
         if self.total is not None:
             self.total.add_products(dys, x, self.backend)
             return None
+        if len(dys) == 1:
+            return matmul(dys[0].t(), x, backend=self.backend)
         return write_products(torch.empty_like(weight), dys, x, True, self.backend)
 
 
@@ -182,14 +200,20 @@ class _ColumnLinear(torch.autograd.Function):
             return tuple(y.view(*x.shape[:-2], *y.shape[1:]) for y in added)
         whole = start_enter(x, product.mesh).wait()
         flat = whole.reshape(-1, whole.shape[-1])
-        outputs = [matmul(flat, w, b, backend=backend) for w, b in zip(parts, biases, strict=True)]
-        return tuple(y.view(*whole.shape[:-1], -1) for y in outputs)
+        if product.activation is None:
+            outputs = [matmul(flat, w, b, backend=backend) for w, b in zip(parts, biases, strict=True)]
+            return tuple(y.view(*whole.shape[:-1], -1) for y in outputs)
+        pair = matmul_activation(flat, parts[0], bias, product.activation, gated=product.gated)
+        y, activated = (y.view(*whole.shape[:-1], -1) for y in pair)
+        ctx.mark_non_differentiable(activated)
+        return y, activated
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
+        grads = grads[: product.interleave]  # the activation has none
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         whole_x = start_enter(x, product.mesh) if needs_weight else None
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]  # (b·s, f/interleave/tp)

@@ -15,16 +15,13 @@ from torch.autograd.function import once_differentiable
 from tpformer.collectives import Pending, start_enter, start_enter_gradient, start_gather_stack
 from tpformer.layers.cross_entropy import Loss, LossOptions
 from tpformer.mesh import Mesh
-from tpformer_kernels import IGNORED, Backend, accumulate_, matmul
+from tpformer_kernels import IGNORED, Backend, accumulate_, matmul, prefers_onednn
 
 LEAST_CHUNK = 256 * 2**20
 """Bytes of a chunk of logits, at least, by default: fewer tokens would make poor matmuls and many collectives."""
 
 Chunk = tuple[slice, Tensor, Tensor, Tensor]
 """The tokens; their logits, which the next chunk but one overwrites; their losses; their log-sum-exp."""
-
-Gradients = tuple[Tensor | None, Tensor | None]
-"""Of the tokens, dx (n, d), and of the weight; None where nobody wants it."""
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -69,18 +66,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         whole = start_enter(x, loss.mesh).wait()
         flat = whole.flatten(0, 1)  # (n, d)
         needed = [training and needed for needed in ctx.needs_input_grad[:2]]
-        dx, dweight = _gradients(flat, weight, needed, chunk_bytes)
+        sums = _Gradients(flat, weight, needed, chunk_bytes, loss.backend)
         ones = (local != IGNORED).to(_wide(x))
         losses = torch.empty_like(ones)
         for rows, logits, found, lse in _chunks(flat, weight, local, loss, chunk_bytes):
             losses[rows] = found
-            if dx is not None or dweight is not None:
-                gradient = loss.gradient(logits, local[rows], lse, ones[rows], inplace=True)
-                _accumulate(gradient, flat, weight, rows, (dx, dweight), loss.backend)
+            if any(needed):
+                sums.add(rows, loss.gradient(logits, local[rows], lse, ones[rows], inplace=True))
+            del logits  # before the next chunk's
         ctx.loss, ctx.shape, ctx.spent = loss, whole.shape, False
         ctx.dtype = weight.dtype
         factor = loss.factor(local, losses.dtype)
-        ctx.save_for_backward(dx, dweight, factor)
+        ctx.save_for_backward(sums.dx, sums.dweight, factor)
         return losses.sum() * factor
 
     @staticmethod
@@ -120,15 +117,14 @@ class _Recomputing(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, local, sums = ctx.saved_tensors
         flat = start_enter(x, ctx.loss.mesh).wait().flatten(0, 1)
-        dx, dweight = _gradients(flat, weight, ctx.needs_input_grad[:2], ctx.chunk_bytes)
+        found = _Gradients(flat, weight, ctx.needs_input_grad[:2], ctx.chunk_bytes, ctx.loss.backend)
         scale = grad.masked_fill(local == IGNORED, 0.0)
         for rows in _slices(flat, weight, ctx.chunk_bytes):
             logits = matmul(flat[rows], weight.t(), backend=ctx.loss.backend)
-            gradient = ctx.loss.gradient(logits, local[rows], sums[rows], scale[rows], inplace=True)
-            _accumulate(gradient, flat, weight, rows, (dx, dweight), ctx.loss.backend)
-            del logits, gradient  # before the next chunk's
-        pending = None if dx is None else start_enter_gradient(dx.view(ctx.shape), ctx.loss.mesh)
-        dweight = None if dweight is None else dweight.to(weight.dtype)
+            found.add(rows, ctx.loss.gradient(logits, local[rows], sums[rows], scale[rows], inplace=True))
+            del logits  # before the next chunk's
+        pending = None if found.dx is None else start_enter_gradient(found.dx.view(ctx.shape), ctx.loss.mesh)
+        dweight = None if found.dweight is None else found.dweight.to(weight.dtype)
         return None if pending is None else pending.wait(), dweight, None, None, None
 
 
@@ -138,12 +134,15 @@ def _chunks(flat: Tensor, weight: Tensor, local: Tensor, loss: Loss, chunk_bytes
     ahead = 1 if tp.size > 1 else 0  # chunks under way beside the one handed out
     slices = _slices(flat, weight, chunk_bytes)
     size = slices[0].stop if slices else 0
-    buffers = [flat.new_empty(size, len(weight)) for _ in range(min(1 + ahead, len(slices)))]
+    # oneDNN brings memory of its own
+    count = 0 if prefers_onednn(flat[:size], weight.t()) else min(1 + ahead, len(slices))
+    buffers = [flat.new_empty(size, len(weight)) for _ in range(count)]
     waiting: list[tuple[slice, Tensor, Pending]] = []
     for number, rows in enumerate(slices):
-        logits = buffers[number % len(buffers)][: rows.stop - rows.start]
-        matmul(flat[rows], weight.t(), out=logits, backend=loss.backend)
+        out = buffers[number % count][: rows.stop - rows.start] if buffers else None
+        logits = matmul(flat[rows], weight.t(), out=out, backend=loss.backend)
         waiting.append((rows, logits, start_gather_stack(loss.statistics(logits, local[rows]), tp)))
+        del logits, out
         if len(waiting) > ahead:
             yield _arrived(*waiting.pop(0), local, loss)
     for chunk in waiting:
@@ -161,26 +160,29 @@ def _slices(flat: Tensor, weight: Tensor, chunk_bytes: int) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _gradients(flat: Tensor, weight: Tensor, needed: Any, chunk_bytes: int) -> Gradients:
-    """Room for dx (n, d) and dweight (v/tp, d), the latter in fp32 at least if several chunks add to it.
+class _Gradients:
+    """dx (n, d), chunk by chunk, and dweight (v/tp, d), summed over the chunks; None for what nobody wants."""
 
-    A single chunk's sum is rounded once in any case; fp16 could not hold it before it is scaled.
-    """
-    dx = flat.new_empty(flat.shape) if needed[0] else None  # contiguous, whatever flat is
-    if not needed[1]:
-        return dx, None
-    once = len(_slices(flat, weight, chunk_bytes)) == 1 and weight.dtype != torch.float16
-    dweight = weight.new_empty(weight.shape, dtype=weight.dtype if once else _wide(weight))
-    return dx, dweight if len(flat) else dweight.zero_()  # no chunk will write to it
+    def __init__(self, flat: Tensor, weight: Tensor, needed: Any, chunk_bytes: int, backend: Backend):
+        self.dx: Tensor | None = flat.new_empty(flat.shape) if needed[0] else None  # contiguous, whatever flat is
+        self.dweight: Tensor | None = None
+        self._flat, self._weight, self._backend = flat, weight, backend
+        # a single chunk's sum is rounded once in any case; fp16 could not hold it before it is scaled
+        chunks = len(_slices(flat, weight, chunk_bytes))
+        self._at_once = needed[1] and chunks == 1 and weight.dtype != torch.float16
+        if needed[1] and not self._at_once:
+            # fp32 at least; without a chunk nothing will be written to it
+            fresh = weight.new_empty if chunks else weight.new_zeros
+            self.dweight = fresh(weight.shape, dtype=_wide(weight))
 
-
-def _accumulate(gradient: Tensor, flat: Tensor, weight: Tensor, rows: slice, into: Gradients, backend: Backend) -> None:
-    """Write dx of some tokens, and add their part of dweight, given the gradient of their logits (rows, v/tp)."""
-    dx, dweight = into
-    if dx is not None:
-        matmul(gradient, weight, out=dx[rows], backend=backend)
-    if dweight is not None:
-        accumulate_(dweight, gradient, flat[rows], rows.start == 0, backend=backend)
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        """Take the gradient of the logits (rows, v/tp) of some tokens."""
+        if self.dx is not None:
+            matmul(gradient, self._weight, out=self.dx[rows], backend=self._backend)
+        if self._at_once:
+            self.dweight = matmul(gradient.t(), self._flat[rows], backend=self._backend)
+        elif self.dweight is not None:
+            accumulate_(self.dweight, gradient, self._flat[rows], rows.start == 0, backend=self._backend)
 
 
 def _wide(x: Tensor) -> torch.dtype:

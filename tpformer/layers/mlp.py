@@ -39,6 +39,9 @@ class MLP(nn.Module):
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; plus a residual of that shape."""
         # the bias costs no pass of its own, nor does its sum; whoever replaced `up` is asked for all of it
         if self.activation != "relu" and use_triton(self.backend, x) and type(self.up) is ColumnParallelLinear:
+            if self.up.fuses(x):
+                hidden, result = self.up(x, activation=self.activation)  # each (b, s, f/tp)
+                return self.down(bias_gelu(hidden, None, self.activation, computed=result, backend="triton"), residual)
             hidden = self.up(x, add_bias=False)  # (b, s, f/tp)
             return self.down(bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend), residual)
         hidden = self.up(x)  # (b, s, f/tp)
@@ -80,5 +83,9 @@ class GatedMLP(nn.Module):
         if strided and type(self.gate_up) is ColumnParallelLinear:
             gate, up = self.gate_up(x, apart=True)  # each (b, s, f/tp): torch's CPU ops are slow on every other number
             return self.down(gated_product(gate, up, self.activation), residual)
+        if type(self.gate_up) is ColumnParallelLinear and self.gate_up.fuses(x):
+            gate_up, result = self.gate_up(x, activation=self.activation)  # (b, s, 2 f/tp) and (b, s, f/tp)
+            hidden = gated_activation(gate_up, self.activation, computed=result, backend="triton")
+            return self.down(hidden, residual)
         # one matmul, in whose output a kernel, Triton's or the compiler's, reads gate and up side by side
         return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend), residual)
