@@ -24,7 +24,7 @@ class Group:
 
 
 # Order decides: an operator or kernel belongs to the first group that knows its name or that of any operator around
-# it. So a product inside the norm's backward is norm, one inside the loss is matmul, what else the loss does is its own.
+# it. A product inside the norm's backward is norm, one inside the loss is matmul, what else the loss does its own.
 GROUPS: dict[str, Group] = {
     "optimizer": Group(
         "#8c564b",
@@ -83,6 +83,7 @@ GROUPS: dict[str, Group] = {
         "#d62728",
         (r"CrossEntropy", r"^_Recomputing", r"^tpformer::cross_entropy", r"^_(statistics|gradient)_kernel$"),
     ),
+    # of the residual stream, and of gradients that meet
     "sums": Group("#98df8a", (r"^aten::add_?$", r"^AddBackward", r"AccumulateGrad")),
     "copies, casts": Group(
         "#7f7f7f",

@@ -118,7 +118,7 @@ def plot(path: Path, record: dict[str, Any]) -> None:
     axes.bar_label(bars, [f"{row['ms']:.2f} ms  {100 * row['share']:.1f} %" for row in rows], padding=4)
     after = "backward, optimizer" if record["optimizer"] else "backward"
     axes.legend(handles=[Patch(color="black", label="forward"), Patch(color="black", alpha=0.5, label=after)], loc=4)
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
     axes.invert_yaxis()
     idle = "" if record["idle_ms"] is None else f", idle {record['idle_ms']:.1f} ms"
     axes.set_xlabel(f"ms of a step of {record['step_ms']:.1f} ms{idle}")
