@@ -17,6 +17,7 @@ help:
 	@echo "make check       tests, lint and types: what to run before a change is sent"
 	@echo "make benchmark   time a training step beside other tensor-parallel frameworks"
 	@echo "make gpu         on a CUDA device, with the $(PYTHON) at hand: the kernels' tests and, if green, their speed"
+	@echo "                 and the share of each kind of kernel in a training step"
 	@echo "make tune        on a CUDA device: find the kernels' launch options (ARGS=--write keeps them)"
 	@echo "make wheel       build the wheel into dist/"
 
@@ -53,6 +54,7 @@ gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
 	$(CUDA_PYTHON) -m pytest tests/kernels tests/proofs/test_on_device.py -p no:cacheprovider -W default
 	$(CUDA_PYTHON) -m benchmarks.kernels $(ARGS)
+	$(CUDA_PYTHON) -m benchmarks.step_profile --device cuda --preset 1b
 
 tune:
 	$(CUDA_PYTHON) -m benchmarks.tune $(ARGS)
