@@ -15,8 +15,14 @@ from tpformer_kernels.onednn import onednn_matmul, prefers_onednn
 
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool, *, backend: Backend = "auto") -> None:
-    """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one."""
+    """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one.
+
+    Raises ValueError for shapes that do not fit: torch would resize total.
+    """
     check_backend(backend)
+    if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or total.shape != (a.shape[1], b.shape[1]):
+        shapes = tuple(total.shape), tuple(a.shape), tuple(b.shape)
+        raise ValueError("total {} must be (m, n), a {} (k, m) and b {} (k, n)".format(*shapes))
     if backend != "torch" and prefers_onednn(a.t(), b) and total.dtype == a.dtype:
         product = onednn_matmul(a.t(), b)
         if first:

@@ -40,11 +40,12 @@ class MLP(nn.Module):
         # the bias costs no pass of its own, nor does its sum; whoever replaced `up` is asked for all of it
         if self.activation != "relu" and use_triton(self.backend, x) and type(self.up) is ColumnParallelLinear:
             hidden = self.up(x, add_bias=False)  # (b, s, f/tp)
-            return self.down(bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend), residual)
+            return project(self.down, bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend), residual)
         hidden = self.up(x)  # (b, s, f/tp)
         if self.activation == "relu":
-            return self.down(F.relu(hidden), residual)
-        return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"), residual)
+            return project(self.down, F.relu(hidden), residual)
+        hidden = F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return project(self.down, hidden, residual)
 
 
 class GatedMLP(nn.Module):
@@ -79,6 +80,13 @@ class GatedMLP(nn.Module):
         strided = x.device.type == "cpu" and not use_triton(self.backend, x) and not torch.compiler.is_compiling()
         if strided and type(self.gate_up) is ColumnParallelLinear:
             gate, up = self.gate_up(x, apart=True)  # each (b, s, f/tp): torch's CPU ops are slow on every other number
-            return self.down(gated_product(gate, up, self.activation), residual)
+            return project(self.down, gated_product(gate, up, self.activation), residual)
         # one matmul, in whose output a kernel, Triton's or the compiler's, reads gate and up side by side
-        return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend), residual)
+        return project(self.down, gated_activation(self.gate_up(x), self.activation, backend=self.backend), residual)
+
+
+def project(down: nn.Module, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """down(hidden) + residual; whoever replaced `down` is asked for the projection only."""
+    if residual is None:
+        return down(hidden)
+    return down(hidden, residual) if type(down) is RowParallelLinear else down(hidden) + residual
