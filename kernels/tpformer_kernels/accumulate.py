@@ -14,7 +14,13 @@ from tpformer_kernels.onednn import onednn_matmul, prefers_onednn
 
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool, *, backend: Backend = "auto") -> None:
-    """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one."""
+    """total (m, n) += aᵀ b, or = if it is the first part; a (k, m), b (k, n) in total's dtype or a narrower one.
+
+    Raises ValueError for shapes that do not fit: torch would resize total.
+    """
+    if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or total.shape != (a.shape[1], b.shape[1]):
+        shapes = tuple(total.shape), tuple(a.shape), tuple(b.shape)
+        raise ValueError("total {} must be (m, n), a {} (k, m) and b {} (k, n)".format(*shapes))
     triton = use_triton(backend, a) and total.dtype == torch.float32
     if triton and (backend == "triton" or choose_for(a.t(), b, "accumulate", False).backend == "triton"):
         matmul_accumulate_(total, a, b, first)

@@ -27,10 +27,13 @@ def matmul(
 ) -> Tensor:
     """a b + bias + residual, (m, k) times (k, n) plus (n) and (m, n) -> (m, n), summed in fp32; any strides.
 
-    out: the result, written by torch or oneDNN whatever the backend. tf32: the kernel may round fp32 factors to it.
+    out: memory of none of the operands, which torch or oneDNN writes to whatever the backend, and which is returned.
+    tf32: the kernel may round fp32 factors to it. Raises ValueError for shapes that do not fit.
     """
+    _check_shapes(a, b, bias=bias, residual=residual, out=out)
     name = "residual" if residual is not None else "bias" if bias is not None else "plain"
-    if out is None and use_triton(backend, a) and (backend == "triton" or _wins(a, b, name, tf32)):
+    triton = use_triton(backend, a) and out is None
+    if triton and (backend == "triton" or _wins(a, b, name, tf32)):
         return matmul_forward(a, b, bias, residual, tf32)
     if backend != "torch" and prefers_onednn(a, b):
         y = onednn_matmul(a, b, bias)
@@ -65,3 +68,13 @@ def fuses_activation(x: Tensor, rows: int, weight: Tensor, gated: bool, backend:
 
 def _wins(a: Tensor, b: Tensor, epilogue: str, tf32: bool) -> bool:
     return choose_for(a, b, epilogue, tf32).backend == "triton"
+
+
+def _check_shapes(a: Tensor, b: Tensor, **others: Tensor | None) -> None:
+    """Broadcast by torch, or read beyond their end by oneDNN, wrong ones could pass."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"a {tuple(a.shape)} must be (m, k) and b {tuple(b.shape)} (k, n)")
+    for name, x in others.items():
+        shape = (b.shape[1],) if name == "bias" else (a.shape[0], b.shape[1])
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} {tuple(x.shape)} must be {shape}")

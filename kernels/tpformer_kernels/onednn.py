@@ -30,6 +30,9 @@ PROBE = (512, 1024, 1024)
 )
 def onednn_matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (m, k) times b (k, n) plus bias (n), of fp32 on a CPU; contiguous."""
+    if not a.shape[1]:  # oneDNN has no empty sum
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    bias = None if bias is None else bias.contiguous()  # it would be read as if it were
     # a weight with gaps would go through oneDNN's reference code, a thousand times slower
     return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b.t()), bias, "none", [], "")
 

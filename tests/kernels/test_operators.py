@@ -55,6 +55,7 @@ def bias_gelu_backward() -> Iterator[tuple[Any, ...]]:
 
 EXAMPLES: dict[str, Callable[[], Any]] = {
     "accumulate_": lambda: [(floats(D, 5), floats(N, D), floats(N, 5), first) for first in (True, False)],
+    "onednn_matmul": lambda: [(torch.randn(N, D), torch.randn(5, D).t(), b) for b in (None, torch.randn(5))],
     "norm_forward": norm_forward,
     "norm_backward": norm_backward,
     "rope": rope,

@@ -12,6 +12,7 @@ from tpformer.layers.init import draw_normal, draw_uniform, fresh_key
 from tpformer.layers.linear import column_linear
 from tpformer.mesh import Mesh
 from tpformer.placement import replicated, split
+from tpformer_kernels import Backend, check_backend
 
 VOCAB_MULTIPLE = 128
 """Vocabularies are padded to a multiple of this, the same at any tp; the padding is always zero."""
@@ -69,9 +70,10 @@ class VocabParallelHead(nn.Module):
     Raises ValueError if the padded vocabulary is not divisible by tp.
     """
 
-    def __init__(self, embedding_dim: int, num_embeddings: int, *, mesh: Mesh = Mesh()):
+    def __init__(self, embedding_dim: int, num_embeddings: int, *, mesh: Mesh = Mesh(), backend: Backend = "auto"):
         super().__init__()
-        self.mesh = mesh
+        check_backend(backend)
+        self.mesh, self.backend = mesh, backend
         local = padded_vocab(num_embeddings, mesh.tp.size) // mesh.tp.size
         self.weight = nn.Parameter(torch.empty(local, embedding_dim))
         self.placements = {"weight": split((num_embeddings, embedding_dim), 0, mesh.tp, local)}
@@ -79,7 +81,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, s, d), or (b, s/tp, d) under sequence parallelism -> (b, s, padded_vocab/tp)."""
-        return column_linear(x, self.weight, self.mesh)
+        return column_linear(x, self.weight, self.mesh, backend=self.backend)
 
 
 class _VocabParallelLookup(torch.autograd.Function):

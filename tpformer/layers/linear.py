@@ -127,7 +127,7 @@ class RowParallelLinear(nn.Module):
         if not self.input_is_parallel:
             x = split_features(x, self.mesh.tp)
         product = Product.of(self)
-        if self.mesh.tp.size == 1:
+        if self.mesh.tp.size == 1 and (residual is None or residual.dtype == x.dtype):  # a wider one stays as wide
             return _RowLinear.apply(x, self.weight, self.bias, residual, product)
         y = _RowLinear.apply(x, self.weight, None, None, product)
         y = y if self.bias is None else y + self.bias

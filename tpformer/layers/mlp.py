@@ -41,13 +41,15 @@ class MLP(nn.Module):
         if self.activation != "relu" and use_triton(self.backend, x) and type(self.up) is ColumnParallelLinear:
             if self.up.fuses(x):
                 hidden, result = self.up(x, activation=self.activation)  # each (b, s, f/tp)
-                return self.down(bias_gelu(hidden, None, self.activation, computed=result, backend="triton"), residual)
+                hidden = bias_gelu(hidden, None, self.activation, computed=result, backend="triton")
+                return project(self.down, hidden, residual)
             hidden = self.up(x, add_bias=False)  # (b, s, f/tp)
-            return self.down(bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend), residual)
+            return project(self.down, bias_gelu(hidden, self.up.bias, self.activation, backend=self.backend), residual)
         hidden = self.up(x)  # (b, s, f/tp)
         if self.activation == "relu":
-            return self.down(F.relu(hidden), residual)
-        return self.down(F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"), residual)
+            return project(self.down, F.relu(hidden), residual)
+        hidden = F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return project(self.down, hidden, residual)
 
 
 class GatedMLP(nn.Module):
@@ -82,10 +84,17 @@ class GatedMLP(nn.Module):
         strided = x.device.type == "cpu" and not use_triton(self.backend, x) and not torch.compiler.is_compiling()
         if strided and type(self.gate_up) is ColumnParallelLinear:
             gate, up = self.gate_up(x, apart=True)  # each (b, s, f/tp): torch's CPU ops are slow on every other number
-            return self.down(gated_product(gate, up, self.activation), residual)
+            return project(self.down, gated_product(gate, up, self.activation), residual)
         if type(self.gate_up) is ColumnParallelLinear and self.gate_up.fuses(x):
             gate_up, result = self.gate_up(x, activation=self.activation)  # (b, s, 2 f/tp) and (b, s, f/tp)
             hidden = gated_activation(gate_up, self.activation, computed=result, backend="triton")
-            return self.down(hidden, residual)
+            return project(self.down, hidden, residual)
         # one matmul, in whose output a kernel, Triton's or the compiler's, reads gate and up side by side
-        return self.down(gated_activation(self.gate_up(x), self.activation, backend=self.backend), residual)
+        return project(self.down, gated_activation(self.gate_up(x), self.activation, backend=self.backend), residual)
+
+
+def project(down: nn.Module, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """down(hidden) + residual; whoever replaced `down` is asked for the projection only."""
+    if residual is None:
+        return down(hidden)
+    return down(hidden, residual) if type(down) is RowParallelLinear else down(hidden) + residual

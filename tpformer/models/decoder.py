@@ -21,7 +21,7 @@ def check_length(tokens: Tensor, max_seq_len: int) -> None:
 def to_logits(self: Any, x: Tensor) -> Tensor:
     """(b, s, d), or (b, s/tp, d) under sequence parallelism -> this rank's logits (b, s, padded_vocab/tp)."""
     if self.head is None:  # tied: the embedding's own rows
-        return column_linear(x, self.embedding.weight, self.mesh)
+        return column_linear(x, self.embedding.weight, self.mesh, backend=self.config.backend)
     return self.head(x)
 
 

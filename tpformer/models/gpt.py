@@ -108,7 +108,11 @@ class GPT(nn.Module):
             self.position = PositionEmbedding(c.max_seq_len, c.hidden_size, mesh=mesh)
             self.blocks = nn.ModuleDict({str(i): self._block() for i in range(c.num_layers)})  # names are global
             self.norm = LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend)
-            self.head = None if c.tie_embeddings else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh)
+            self.head = (
+                None
+                if c.tie_embeddings
+                else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh, backend=c.backend)
+            )
         init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
 
     def _block(self) -> DecoderBlock:

@@ -136,7 +136,11 @@ class Llama(nn.Module):
             self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
             self.blocks = nn.ModuleDict({str(i): self._block() for i in range(c.num_layers)})  # names are global
             self.norm = RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend)
-            self.head = None if c.tie_embeddings else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh)
+            self.head = (
+                None
+                if c.tie_embeddings
+                else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh, backend=c.backend)
+            )
         init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
 
     def _block(self) -> DecoderBlock:

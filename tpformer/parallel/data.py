@@ -115,7 +115,7 @@ class GradientBuckets:
     def _launch(self) -> None:
         bucket = self._buckets[self._launched]
         for name in bucket.names:
-            self._sums[name].closed = True
+            self._sums[name].closed = self._mesh.dp.size > 1  # otherwise it stays here, and may take more
         bucket.pending = start_all_reduce(bucket.buffer, self._mesh.dp)
         self._launched += 1
 
