@@ -56,6 +56,7 @@ gpu:
 
 tune:
 	$(CUDA_PYTHON) -m benchmarks.tune $(ARGS)
+	$(CUDA_PYTHON) -m benchmarks.tune_matmul $(filter --write,$(ARGS))
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel
