@@ -53,6 +53,7 @@ gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
 	$(CUDA_PYTHON) -m pytest tests/kernels tests/proofs/test_on_device.py -p no:cacheprovider -W default
 	$(CUDA_PYTHON) -m benchmarks.kernels $(ARGS)
+	$(CUDA_PYTHON) -m benchmarks.matmul $(filter --quick,$(ARGS))
 
 tune:
 	$(CUDA_PYTHON) -m benchmarks.tune $(ARGS)
