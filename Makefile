@@ -54,10 +54,15 @@ gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
 	$(CUDA_PYTHON) -m pytest tests/kernels tests/proofs/test_on_device.py -p no:cacheprovider -W default
 	$(CUDA_PYTHON) -m benchmarks.kernels $(ARGS)
+<<<<<<< HEAD
 	$(CUDA_PYTHON) -m benchmarks.step_profile --device cuda --preset 1b
+=======
+	$(CUDA_PYTHON) -m benchmarks.matmul $(filter --quick,$(ARGS))
+>>>>>>> matmul
 
 tune:
 	$(CUDA_PYTHON) -m benchmarks.tune $(ARGS)
+	$(CUDA_PYTHON) -m benchmarks.tune_matmul $(filter --write,$(ARGS))
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel

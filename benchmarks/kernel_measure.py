@@ -24,6 +24,10 @@ CACHES = 4  # how many times the L2 cache the sets of inputs hold together
 Row = dict[str, Any]
 
 
+REPEATS = 50
+"""How often launch options must give the same bits before they enter a table."""
+
+
 class WrongResult(Exception):
     """A provider does not compute the op."""
 
@@ -98,6 +102,24 @@ class Contender:
         wide_upstream = tuple(x.float() for x in upstream)
         expected_grads = torch.autograd.grad(expected, wide[: provider.wanted], wide_upstream)
         compare("gradient", grads, expected_grads, tolerance)
+
+    def check_repeats(self) -> None:
+        """Raises WrongResult unless outputs and gradients are the same bit for bit, time after time.
+
+        An assembler that overlaps what it must not is right most times (kernels whose dots read registers on sm_90).
+        """
+        first = self._run_once()
+        for number in range(REPEATS):
+            if not all(torch.equal(x, y) for x, y in zip(self._run_once(), first, strict=True)):
+                raise WrongResult(f"other numbers when it is run again (time {number + 2})")
+
+    def _run_once(self) -> Leaves:
+        leaves = self._leaves(seed=1000)
+        outputs = _tuple(self.provider.run(*leaves))
+        if not self.provider.wanted:
+            return outputs
+        upstream = self._upstream(outputs, seed=1001)
+        return (*outputs, *torch.autograd.grad(outputs, leaves[: self.provider.wanted], upstream))
 
     def work(self, direction: str) -> Work:
         """What the clock is to be held to."""

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune [--kernels rope norm_forward] [--write]
 
-For each row of the committed table every candidate runs through the real op: it is checked against plain torch, then
-timed; the best are timed once more in turn with the committed options, and only one that is more than 2% faster takes
+For each row of the committed table every candidate runs through the real op: it is checked against plain torch, run
+50 times for the same bits, then timed; the best are timed once more in turn with the committed options, and only one that is more than 2% faster takes
 their place. Without --write the winners are only printed. The table is what ships: nothing is tuned at run time.
 """
 
@@ -82,6 +82,7 @@ def prepared(case: Case, key: str, options: Options, device: torch.device) -> St
     with launched_with(key, options, device):
         contender = Contender(case, case.providers[0], device)
         contender.check()
+        contender.check_repeats()
         watch = stopwatch(contender.work(TUNED[key].direction), device)
 
     def sample() -> float:

@@ -28,39 +28,45 @@ class Choice(NamedTuple):
 
     backend: Literal["triton", "torch"]
     """What `auto` takes."""
+    loads: Literal["descriptors", "pointers"]
+    """How the kernel reads, whoever asks for it."""
     tile: str
     options: dict[str, int]
-    """Launch options of the kernel, whoever asks for it."""
+    """Its launch options."""
     speedup: float | None
     """Of the kernel over torch, as it was measured; None where it was not."""
 
 
 def choose(
-    kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, *, loads: str = "", tf32: bool = False
+    kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, *, fit: bool = True, tf32: bool = False
 ) -> Choice:
-    """For a (m, k) times b (k, n). kind: layout and epilogue, "nt gated" (kind_of finds it).
-
-    loads: "descriptors" or "pointers"; without it the better that the architecture has.
-    """
+    """For a (m, k) times b (k, n). kind: layout and epilogue, "nt gated"; fit: whether descriptors can read both."""
     architecture = tables.architecture_of(device)
     read = table(architecture)
     numbers = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
     best = best_loads(architecture, numbers)
-    tiles = read["tiles"][f"{numbers} {loads or best}"]
-    row = read["shapes"].get(key_of(kind, m, n, k)) if numbers == "half" and loads in ("", best) else None
+    loads = best if fit else "pointers"
+    tiles = read["tiles"][f"{numbers} {loads}"]
+    row = read["shapes"].get(key_of(kind, m, n, k)) if numbers == "half" and loads == best else None
     if row is None:
         tile = derived_tile(tiles, m, n, MULTIPROCESSORS[architecture])
-        return Choice("torch", tile, tiles[tile], None)
+        return Choice("torch", loads, tile, tiles[tile], None)
     speedup = row["speedup"]
     faster = speedup is not None and speedup > 1
-    return Choice("triton" if faster else "torch", row["tile"], tiles[row["tile"]], speedup)
+    return Choice("triton" if faster else "torch", loads, row["tile"], tiles[row["tile"]], speedup)
 
 
-def choose_for(a: Tensor, b: Tensor, epilogue: str, tf32: bool) -> Choice:
-    """The choice for two matrices as they lie in memory."""
-    (m, k), n = a.shape, b.shape[1]
-    loads = loads_of(a, b, tf32)
-    return choose(kind_of(a, b, epilogue), m, n, k, a.dtype, a.device, loads=loads, tf32=tf32)
+def faster_by_kernel(a: Tensor, b: Tensor, epilogue: str, tf32: bool) -> bool:
+    """Whether `auto` takes the kernel for two matrices as they lie in memory."""
+    kind = kind_of(a, b, epilogue)
+    m, k = rounded(kind, *a.shape)
+    return _faster(kind, m, b.shape[1], k, a.dtype, a.device, descriptors_fit(a, b), tf32)
+
+
+@torch.compiler.assume_constant_result
+def _faster(kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, fit: bool, tf32: bool) -> bool:
+    """For torch.compile, which cannot look into a file."""
+    return choose(kind, m, n, k, dtype, device, fit=fit, tf32=tf32).backend == "triton"
 
 
 def explain(kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -83,16 +89,22 @@ def table(architecture: int) -> dict[str, Any]:
 
 
 def key_of(kind: str, m: int, n: int, k: int) -> str:
-    """The name of a row; the number of tokens, k of a weight's gradient and else m, counts as the next power of two."""
-    if kind.startswith("tn"):
-        k = next_power_of_two(k)
-    else:
-        m = next_power_of_two(m)
+    """The name of a row."""
+    m, k = rounded(kind, m, k)
     return f"{kind} {m}x{n}x{k}"
 
 
+def rounded(kind: str, m: int, k: int) -> tuple[int, int]:
+    """m and k; the number of tokens, k of a weight's gradient and else m, becomes the next power of two."""
+    return (m, next_power_of_two(k)) if kind.startswith("tn") else (next_power_of_two(m), k)
+
+
 def next_power_of_two(x: int) -> int:
-    return 1 << max(0, x - 1).bit_length()
+    """By comparisons: torch.compile guards on these, so that a new number compiles anew only for a new power."""
+    power = 1
+    while power < x:
+        power *= 2
+    return power
 
 
 def derived_tile(tiles: dict[str, dict[str, int]], m: int, n: int, multiprocessors: int) -> str:
@@ -118,24 +130,24 @@ def _turned(x: Tensor) -> bool:
     return x.stride(1) != 1 and x.stride(0) == 1
 
 
-def best_loads(architecture: int, numbers: str) -> str:
+def best_loads(architecture: int, numbers: str) -> Literal["descriptors", "pointers"]:
     """How tiles are read where the matrices allow it."""
     return "descriptors" if f"{numbers} descriptors" in table(architecture)["tiles"] else "pointers"
 
 
-def loads_of(a: Tensor, b: Tensor, tf32: bool) -> str:
-    """Descriptors where the device has them and both matrices fit: aligned, rows or columns contiguous, not empty."""
-    numbers = "half" if a.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    fit = all(_fits(x) for x in (a, b))
-    return best_loads(tables.architecture_of(a.device), numbers) if fit else "pointers"
+def descriptors_fit(a: Tensor, b: Tensor) -> bool:
+    """Whether the copy engine can read both: not empty, rows or columns contiguous, and those aligned.
+
+    Where they start is not asked: torch.compile does not know it. The launch does, and takes pointers if it must.
+    """
+    return all(_fits(x) for x in (a, b))
 
 
 def _fits(x: Tensor) -> bool:
     x = x.t() if _turned(x) else x
     (rows, columns), size = x.shape, x.element_size()
     contiguous = x.stride(1) == 1 and x.stride(0) >= columns
-    aligned = x.storage_offset() * size % ALIGNMENT == 0 and x.stride(0) * size % ALIGNMENT == 0
-    return rows > 0 and columns > 0 and contiguous and aligned
+    return rows > 0 and columns > 0 and contiguous and x.stride(0) * size % ALIGNMENT == 0
 
 
 @cache

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tpformer_kernels import matmul_kernels as kernels
 from tpformer_kernels.gated import GATES
 from tpformer_kernels.library import launch, operator
-from tpformer_kernels.matmul_choice import ALIGNMENT, choose, kind_of, loads_of, programs
+from tpformer_kernels.matmul_choice import ALIGNMENT, choose, descriptors_fit, kind_of, programs
 
 
 class Epilogue(NamedTuple):
@@ -69,11 +69,10 @@ def _run(y: Tensor, a: Tensor, b: Tensor, epilogue: Epilogue, tf32: bool) -> Non
     (m, k), n = a.shape, b.shape[1]
     if m == 0 or n == 0:
         return
-    loads = loads_of(a, b, tf32)
-    if a.data_ptr() % ALIGNMENT or b.data_ptr() % ALIGNMENT:
-        loads = "pointers"
+    fit = descriptors_fit(a, b) and a.data_ptr() % ALIGNMENT == 0 and b.data_ptr() % ALIGNMENT == 0
     kind = kind_of(a, b, epilogue.name)
-    options = choose(kind, m, n, k, a.dtype, a.device, loads=loads, tf32=tf32).options
+    choice = choose(kind, m, n, k, a.dtype, a.device, fit=fit, tf32=tf32)
+    options = choice.options
     blocks = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     flags = {
         "ACTIVATION": epilogue.activation,
@@ -84,7 +83,7 @@ def _run(y: Tensor, a: Tensor, b: Tensor, epilogue: Epilogue, tf32: bool) -> Non
     bias, residual = epilogue.bias, epilogue.residual
     behind = (None if bias is None else bias.contiguous(), residual, m, n, k, *y.stride())
     behind += residual.stride() if residual is not None else (0, 0)
-    if loads == "descriptors":
+    if choice.loads == "descriptors":
         left, left_turned = _descriptor(a, (blocks[0], blocks[2]))
         right, right_turned = _descriptor(b, (blocks[2], blocks[1]))
         flags |= {"A_TRANSPOSED": left_turned, "B_TRANSPOSED": right_turned}
@@ -102,8 +101,7 @@ def _descriptor(x: Tensor, block: tuple[int, int]) -> tuple[Any, bool]:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)), turned
 
 
-@register_flop_formula(torch.ops.tpformer.matmul_forward)
-@register_flop_formula(torch.ops.tpformer.matmul_activated)
+@register_flop_formula([torch.ops.tpformer.matmul_forward, torch.ops.tpformer.matmul_activated])
 def _flops(a: tuple[int, int], b: tuple[int, int], *others: Any, **options: Any) -> int:
     """For torch's counter, which sees shapes and no matmul inside an operator."""
     return 2 * a[0] * a[1] * b[1]

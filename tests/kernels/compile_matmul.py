@@ -7,8 +7,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tpformer_kernels import matmul_choice, matmul_ops
-from tpformer_kernels.matmul_choice import Choice
+from tpformer_kernels import matmul_choice, matmul_ops, tables
 
 OPS: Any = torch.ops.tpformer
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
@@ -29,15 +28,17 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, turned: bool, padding: i
 def matmul(rows: int, size: int, dtype: torch.dtype, family: str, tile: str, layout: str, epilogue: str) -> None:
     """(rows, size) times (size, size) in one tile; family: the numbers, and how they are read."""
     numbers, loads = family.split()
-    best = matmul_choice.best_loads(matmul_choice.tables.architecture_of(torch.device("cpu")), numbers)
-    padding = 1 if loads != best else 0
+    architecture = tables.architecture_of(torch.device("cpu"))
+    padding = 0 if loads == matmul_choice.best_loads(architecture, numbers) else 1
     tf32 = numbers == "tf32"
     a = matrix(rows, size, dtype, layout[0] == "t", padding)
     b = matrix(size, size, dtype, layout[1] == "t", padding)
-    if matmul_choice.loads_of(a, b, tf32) != loads:
+    choice = matmul_choice.choose(
+        "nn plain", rows, size, size, dtype, a.device, fit=matmul_choice.descriptors_fit(a, b), tf32=tf32
+    )
+    if choice.loads != loads:
         raise ValueError(f"{layout} would not be read by {loads}")
-    read = matmul_choice.table(matmul_choice.tables.architecture_of(torch.device("cpu")))
-    choice = Choice("triton", tile, read["tiles"][family][tile], None)
+    choice = choice._replace(tile=tile, options=matmul_choice.table(architecture)["tiles"][family][tile])
     with patch.object(matmul_ops, "choose", lambda *shape, **how: choice):
         run(a, b, epilogue, tf32)
 
@@ -66,7 +67,7 @@ def launches(architecture: int, numbers: str) -> Iterator[tuple[int, int, torch.
                 for layout, epilogue in EVERY_TILE:
                     if numbers != "tf32" or epilogue != "accumulate":  # whose products are exact
                         yield 64, 128, dtype, {"family": family, "tile": tile, "layout": layout, "epilogue": epilogue}
-            place = matmul_choice.tables.ARCHITECTURES.index(architecture)
+            place = tables.ARCHITECTURES.index(architecture)
             once = [(64, 128, dtype, pair) for pair in ONCE if numbers != "tf32" or pair[1] != "first"]
             if family == "half pointers":
                 once += [(64, 128, torch.float16, ("nt", "residual")), (1, 127, dtype, ("nn", "residual"))]

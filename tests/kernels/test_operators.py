@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import tpformer_kernels  # noqa: F401 (registers the operators)
+import tpformer_kernels.matmul_ops  # noqa: F401 (registers the operators, with the package all the others)
 from tests.kernels.cases import CASES
 from tests.kernels.support import DEVICE, evaluate, outputs_of
 
@@ -53,9 +53,21 @@ def bias_gelu_backward() -> Iterator[tuple[Any, ...]]:
     yield floats(N, D), floats(N, D).t().contiguous().t(), None, False, False
 
 
+def matmul_forward() -> Iterator[tuple[Any, ...]]:
+    yield floats(N, D), floats(D, 4), None, None, False
+    yield floats(D, N).t(), floats(4, D).t(), floats(4), floats(4).expand(N, 4), True
+    yield floats(N, D).half(), floats(D, 4).half(), None, floats(4, N).t(), False
+
+
 EXAMPLES: dict[str, Callable[[], Any]] = {
     "accumulate_": lambda: [(floats(D, 5), floats(N, D), floats(N, 5), first) for first in (True, False)],
     "onednn_matmul": lambda: [(torch.randn(N, D), torch.randn(5, D).t(), b) for b in (None, torch.randn(5))],
+    "matmul_forward": matmul_forward,
+    "matmul_activated": lambda: [
+        (floats(N, D), floats(4, D).t(), None if activation % 2 else floats(4), activation, False)
+        for activation in range(5)
+    ],
+    "matmul_accumulate_": lambda: [(floats(D, 5 + gap)[:, :5], floats(N, D), floats(N, 5), gap == 0) for gap in (0, 3)],
     "norm_forward": norm_forward,
     "norm_backward": norm_backward,
     "rope": rope,
