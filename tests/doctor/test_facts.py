@@ -101,6 +101,46 @@ def test_triton_is_asked_for_its_ptxas(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.delenv(before.variable)
 
 
+@pytest.mark.parametrize(
+    ("possible", "speed", "expected"),
+    [
+        (True, 1.534, "oneDNN, as measured: oneDNN has 1.53 x the speed of torch.mm"),
+        (True, 0.5, "torch.mm, as measured: oneDNN has 0.50 x the speed of torch.mm"),
+        (False, None, "torch.mm (nothing is known to be faster here)"),
+    ],
+    ids=["oneDNN", "torch", "no choice"],
+)
+def test_the_cpu_is_asked_what_multiplies_faster(
+    possible: bool, speed: float | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no choice nothing is timed."""
+    asked: list[int] = []
+
+    def measure(threads: int) -> float:
+        asked.append(threads)
+        assert speed is not None
+        return speed
+
+    monkeypatch.setattr(questions, "onednn_is_possible", lambda: possible)
+    monkeypatch.setattr(questions, "onednn_speed", measure)
+    facts = questions.gather()
+    assert facts.cpu_matmul == expected
+    assert asked == ([torch.get_num_threads()] if possible else [])
+    (line,) = [line for line in report.rows(facts, []) if line.name == "fp32 matmul on CPU"]
+    assert line.value == expected
+    assert expected in " ".join(report.text(report.rows(facts, []), []).split())
+
+
+def test_a_cpu_that_cannot_be_timed_is_reported_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(threads: int) -> float:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(questions, "onednn_is_possible", lambda: True)
+    monkeypatch.setattr(questions, "onednn_speed", fails)
+    assert questions.cpu_matmul() is None
+    assert report.text(report.rows(replace(BARE, cpu_matmul=None), []), [])
+
+
 def test_the_compiler_is_the_one_that_triton_would_take(tmp_path: Path) -> None:
     gcc, other = script(tmp_path / "gcc"), script(tmp_path / "other")
     path = {"PATH": str(tmp_path)}

@@ -47,7 +47,8 @@ class GradientSum:
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError(
-                "a gradient came after its sum had been sent to the other ranks: was backward run twice?"
+                "a gradient came after its sum had been sent to the other ranks: "
+                "was backward run twice, or has the weight a use outside its layer?"
             )
 
     def _added(self) -> None:
