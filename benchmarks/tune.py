@@ -3,8 +3,9 @@
     python -m benchmarks.tune [--kernels rope norm_forward] [--write]
 
 For each row of the committed table every candidate runs through the real op: it is checked against plain torch, run
-50 times for the same bits, then timed; the best are timed once more in turn with the committed options, and only one that is more than 2% faster takes
-their place. Without --write the winners are only printed. The table is what ships: nothing is tuned at run time.
+50 times for the same bits, then timed; the best are timed once more in turn with the committed options, and only one
+that is more than 2% faster takes their place. Without --write the winners are only printed. The table is what ships:
+nothing is tuned at run time.
 """
 
 from __future__ import annotations

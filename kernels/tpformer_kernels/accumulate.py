@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.library import operator
-from tpformer_kernels.matmul_choice import choose_for
+from tpformer_kernels.matmul_choice import faster_by_kernel
 from tpformer_kernels.matmul_ops import matmul_accumulate_
 from tpformer_kernels.onednn import onednn_matmul, prefers_onednn
 
@@ -22,7 +22,7 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool, *, backend: Ba
         shapes = tuple(total.shape), tuple(a.shape), tuple(b.shape)
         raise ValueError("total {} must be (m, n), a {} (k, m) and b {} (k, n)".format(*shapes))
     triton = use_triton(backend, a) and total.dtype == torch.float32
-    if triton and (backend == "triton" or choose_for(a.t(), b, "accumulate", False).backend == "triton"):
+    if triton and (backend == "triton" or faster_by_kernel(a.t(), b, "accumulate", False)):
         matmul_accumulate_(total, a, b, first)
     elif backend != "torch" and prefers_onednn(a.t(), b) and total.dtype == a.dtype:
         product = onednn_matmul(a.t(), b)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.gated import GATES
 from tpformer_kernels.gelu import GELUS
-from tpformer_kernels.matmul_choice import choose, choose_for
+from tpformer_kernels.matmul_choice import faster, faster_by_kernel, rounded
 from tpformer_kernels.matmul_ops import matmul_activated, matmul_forward
 from tpformer_kernels.onednn import onednn_matmul, prefers_onednn
 
@@ -33,7 +33,7 @@ def matmul(
     _check_shapes(a, b, bias=bias, residual=residual, out=out)
     name = "residual" if residual is not None else "bias" if bias is not None else "plain"
     triton = use_triton(backend, a) and out is None
-    if triton and (backend == "triton" or _wins(a, b, name, tf32)):
+    if triton and (backend == "triton" or faster_by_kernel(a, b, name, tf32)):
         return matmul_forward(a, b, bias, residual, tf32)
     if backend != "torch" and prefers_onednn(a, b):
         y = onednn_matmul(a, b, bias)
@@ -61,13 +61,9 @@ def fuses_activation(x: Tensor, rows: int, weight: Tensor, gated: bool, backend:
     """Whether matmul_activation is the one to use for `rows` rows like those of x, times weightᵀ."""
     if not use_triton(backend, x):
         return False
-    n, k = weight.shape
     kind = "nt gated" if gated else "nt gelu"
-    return backend == "triton" or choose(kind, rows, n, k, x.dtype, x.device).backend == "triton"
-
-
-def _wins(a: Tensor, b: Tensor, epilogue: str, tf32: bool) -> bool:
-    return choose_for(a, b, epilogue, tf32).backend == "triton"
+    m, k = rounded(kind, rows, weight.shape[1])
+    return backend == "triton" or faster(kind, m, len(weight), k, x.dtype, x.device)
 
 
 def _check_shapes(a: Tensor, b: Tensor, **others: Tensor | None) -> None:

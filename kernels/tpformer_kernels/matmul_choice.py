@@ -60,12 +60,14 @@ def faster_by_kernel(a: Tensor, b: Tensor, epilogue: str, tf32: bool) -> bool:
     """Whether `auto` takes the kernel for two matrices as they lie in memory."""
     kind = kind_of(a, b, epilogue)
     m, k = rounded(kind, *a.shape)
-    return _faster(kind, m, b.shape[1], k, a.dtype, a.device, descriptors_fit(a, b), tf32)
+    return faster(kind, m, b.shape[1], k, a.dtype, a.device, descriptors_fit(a, b), tf32)
 
 
 @torch.compiler.assume_constant_result
-def _faster(kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, fit: bool, tf32: bool) -> bool:
-    """For torch.compile, which cannot look into a file."""
+def faster(
+    kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, fit: bool = True, tf32: bool = False
+) -> bool:
+    """The same for a shape, of which `rounded` numbers are enough; torch.compile cannot look into a file."""
     return choose(kind, m, n, k, dtype, device, fit=fit, tf32=tf32).backend == "triton"
 
 
