@@ -1,4 +1,4 @@
-"""The sum of a weight's gradients: what it holds, when it is done, and what it refuses."""
+"""The sum of a weight's gradients: what it holds, and what it refuses."""
 
 import pytest
 import torch
@@ -14,15 +14,14 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=FP64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def started() -> tuple[GradientSum, list[int]]:
-    """A sum of NaN, which the first gradient must replace, and a list that grows by one when it is done."""
-    done: list[int] = []
-    return GradientSum(torch.full((6, 4), torch.nan, dtype=FP64), lambda: done.append(1)), done
+def started() -> GradientSum:
+    """A sum of NaN, which the first gradient must replace."""
+    return GradientSum(torch.full((6, 4), torch.nan, dtype=FP64))
 
 
 @pytest.mark.parametrize("interleave", [1, 2, 3])
 def test_products_and_gradients_add_up(interleave: int) -> None:
-    total, _ = started()
+    total = started()
     x, dy, gradient = noise(5, 4), noise(5, 6), noise(6, 4)
     dys = [dy[:, i::interleave] for i in range(interleave)]  # output i has the rows i, i + interleave, ...
     for _ in range(2):
@@ -46,27 +45,8 @@ def test_interleaved_outputs_in_another_order_are_another_gradient() -> None:
     assert (wrong - right).abs().max() > 0.1
 
 
-def test_done_when_every_announced_use_is_added() -> None:
-    total, done = started()
-    x, dy = noise(5, 4), noise(5, 6)
-    for uses in (1, 3):
-        for _ in range(uses):
-            total.expect()
-        for left in reversed(range(uses)):
-            assert done == []
-            total.add_products([dy], x, "auto")
-            assert bool(done) == (not left)
-        done.clear()
-    total.add(dy.T @ x)
-    assert done == [1], "a gradient of autograd is whole when it comes"
-    total.expect()
-    total.restart()
-    total.add(dy.T @ x)
-    assert done == [1, 1], "a forward without backward is forgotten at the end of the step"
-
-
 def test_what_was_sent_takes_nothing_more() -> None:
-    total, _ = started()
+    total = started()
     total.add(noise(6, 4))
     before = total.total.clone()
     total.closed = True
@@ -78,21 +58,20 @@ def test_what_was_sent_takes_nothing_more() -> None:
     total.add(noise(6, 4))
 
 
-def test_only_a_forward_that_backward_can_follow_is_announced() -> None:
+def test_a_layer_leaves_its_weight_s_gradient_there_and_nowhere_else() -> None:
     layer, x = ColumnParallelLinear(4, 6).double(), noise(2, 5, 4)
-    total, done = started()
+    total = started()
     set_gradient_sum(layer.weight, total)
     with torch.no_grad():
         layer(x)
     layer.weight.requires_grad_(False)
     layer(x)
     layer.weight.requires_grad_(True)
+    assert total.empty
     layer(x).sum().backward()
-    assert done == [1]
     assert layer.weight.grad is None
     torch.testing.assert_close(total.total, x.sum((0, 1)).expand(6, 4), rtol=1e-12, atol=1e-12)
     set_gradient_sum(layer.weight, None)
     assert gradient_sum(layer.weight) is None
     layer(x).sum().backward()
     assert layer.weight.grad is not None
-    assert done == [1]

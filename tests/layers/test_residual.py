@@ -124,3 +124,15 @@ def test_a_block_gives_its_residual_to_our_own_mlps_only(mlp: nn.Module) -> None
     assert given == [2 if type(mlp) in (MLP, GatedMLP) else 1]
     attended = x + block.attention(block.attention_norm(x))
     torch.testing.assert_close(y, attended + mlp(block.mlp_norm(attended)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp.down"])
+def test_a_hook_sees_the_output_without_the_residual(name: str) -> None:
+    config = AttentionConfig(hidden_size=D, num_heads=2, num_kv_heads=2, head_dim=6)
+    block = DecoderBlock(SelfAttention(config), MLP(D, FFN), RMSNorm(D), RMSNorm(D)).double()
+    x = noise("x", B, S, D)
+    expected, seen = block(x), []
+    block.get_submodule(name).register_forward_hook(lambda module, inputs, y: seen.append(y))
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+    attended = x + block.attention(block.attention_norm(x))
+    torch.testing.assert_close(seen[0], expected - attended, rtol=1e-12, atol=1e-12)

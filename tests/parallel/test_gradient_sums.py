@@ -212,12 +212,13 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear, nn.Linear])
-def test_a_weight_of_two_modules_is_autograd_s(kind: Any) -> None:
+def test_a_weight_of_two_modules_is_summed_over_both(kind: Any) -> None:
+    """By our layer's matmul, and by autograd for a module that is not ours."""
     model = Tied(kind)
     expected = of_autograd(model, inputs(2), LOSSES["once"])
     made = made_by_autograd(model)
     found = step(model, GradientBuckets(model, Mesh()), inputs(2), LOSSES["once"])
-    assert made == {"first.weight"}
+    assert made == ({"first.weight"} if kind is nn.Linear else set())
     assert error(found, expected) < 1e-12
 
 

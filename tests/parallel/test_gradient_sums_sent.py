@@ -11,7 +11,9 @@ import tpformer
 from tests.distributed import Ranks
 from tests.parallel.test_gradient_sums import LOSSES, D, F, build, error, inputs, of_autograd, step
 from tpformer import Mesh
+from tpformer.collectives import Pending, all_reduce_
 from tpformer.layers.gradient_sum import GradientSum
+from tpformer.parallel import data
 from tpformer.parallel.data import GradientBuckets
 
 SIZES = {"down.weight": D * F, "apart.weight": 2 * D * F, "packed.bias": 2 * F, "packed.weight": 2 * D * F}
@@ -37,7 +39,8 @@ def on_ranks(ranks: Ranks, *args: object) -> list[Found]:
 def run(loss: str, bucket_bytes: int = 1, parts: int = 2, without: tuple[str, ...] = (), idle: str = "") -> tuple:
     """On a rank of dp 2: a step, both replicas on the same samples; the second of two, or the first that fails.
 
-    The result is a Found, as it travels. without: methods of the sums that do nothing.
+    The result is a Found, as it travels. without: methods of the sums that do nothing; then what is sent
+    is sent at once.
     idle: forwards that no backward follows, of "both" ranks or "one".
     """
     mesh = Mesh.create(dp=2, device="cpu")
@@ -48,6 +51,10 @@ def run(loss: str, bucket_bytes: int = 1, parts: int = 2, without: tuple[str, ..
     with ExitStack() as stack:
         for name in without:
             stack.enter_context(patch.object(GradientSum, name, lambda *x: None))
+            # sent when it is started, as it may be
+            stack.enter_context(
+                patch.object(data, "start_all_reduce", lambda x, axis: Pending(None, all_reduce_(x, axis)))
+            )
         for _ in range(2):
             backward: list[list[int]] = []
             for number, (x, dy) in enumerate(samples):
@@ -69,53 +76,32 @@ def run(loss: str, bucket_bytes: int = 1, parts: int = 2, without: tuple[str, ..
     return tuple(found)
 
 
-@pytest.mark.parametrize("loss", ["once", "twice", "checkpointed, reentrant"])
-def test_every_sum_is_sent_in_the_last_backward(loss: str, ranks: Ranks) -> None:
-    """After its last use; in one order."""
-    for found in on_ranks(ranks, loss):
-        assert (found.backward, found.finish, found.message) == ([[], BYTES], [], "")
-        assert found.error < 1e-12
-
-
-@pytest.mark.parametrize("loss", ["checkpointed", "checkpointed twice"])
-def test_checkpointed_layers_sums_are_whole(loss: str, ranks: Ranks) -> None:
-    """Their forward runs again and is announced again: what waits for that is sent at the end."""
-    for found in on_ranks(ranks, loss):
-        assert [*found.backward[1], *found.finish] == BYTES
-        assert found.backward[0] == []
-        assert found.error < 1e-12
-
-
-@pytest.mark.parametrize("idle", ["both", "one"])
-def test_forwards_without_backward_delay_what_is_sent_and_change_nothing(idle: str, ranks: Ranks) -> None:
-    """Even if only one of the replicas runs them, both send the same in the same order."""
-    for rank, found in enumerate(on_ranks(ranks, "once", 1, 2, (), idle)):
-        waits = idle == "both" or rank == 0
-        assert (found.backward, found.finish) == ([[], []], BYTES) if waits else ([[], BYTES], [])
-        assert found.error < 1e-12
-
-
-def test_without_announcements_a_second_use_comes_too_late(ranks: Ranks) -> None:
-    """Negative control: the sum is sent after the first use, and the second is refused."""
-    for found in on_ranks(ranks, "twice", 1, 1, ("expect",)):
-        assert "a gradient came after its sum had been sent" in found.message
-
-
-@pytest.mark.parametrize(
-    ("loss", "without"), [("twice", ("expect", "_check_open")), ("penalised", ("_check_open",))], ids=["use", "penalty"]
-)
-def test_without_the_check_sums_are_wrong(loss: str, without: tuple[str, ...], ranks: Ranks) -> None:
-    """Negative control: what the refusal prevents."""
-    for found in on_ranks(ranks, loss, 1, 1, without):
-        assert found.error > 0.01
+SENT_AT_ONCE = ["once", "twice", "penalised", "checkpointed", "checkpointed twice", "checkpointed, reentrant"]
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
-@pytest.mark.parametrize("loss", ["penalised", "checkpointed twice, reentrant"])
-def test_what_is_used_again_unannounced_is_right_or_refused(loss: str, bucket_bytes: int, ranks: Ranks) -> None:
-    """A matmul's part may be the last that was announced when a penalty's, or another segment's, comes."""
-    for found in on_ranks(ranks, loss, bucket_bytes):
-        assert found.error < 1e-12 or "a gradient came after its sum had been sent" in found.message
+@pytest.mark.parametrize("loss", SENT_AT_ONCE)
+def test_every_sum_is_sent_in_the_last_backward(loss: str, bucket_bytes: int, ranks: Ranks) -> None:
+    """After its last use, whatever uses it; in one order. Forwards that no backward follows delay nothing."""
+    for found in on_ranks(ranks, loss, bucket_bytes, 2, (), "one"):
+        assert (found.backward[0], found.finish, found.message) == ([], [], "")
+        assert found.backward[1] == (BYTES if bucket_bytes == 1 else [sum(BYTES)])
+        assert found.error < 1e-12
+
+
+REENTRANT = "checkpointed twice, reentrant"
+
+
+def test_segments_with_a_backward_each_are_refused(ranks: Ranks) -> None:
+    """A reentrant checkpoint runs a backward of its own, after which nothing says that another one comes."""
+    for found in on_ranks(ranks, REENTRANT):
+        assert "a gradient came after its sum had been sent" in found.message
+
+
+def test_without_the_refusal_sums_are_wrong(ranks: Ranks) -> None:
+    """Negative control."""
+    for found in on_ranks(ranks, REENTRANT, 1, 1, ("_check_open",)):
+        assert found.error > 0.01
 
 
 def backward_twice(dp: int) -> tuple[float, str]:

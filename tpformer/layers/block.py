@@ -38,7 +38,8 @@ class DecoderBlock(nn.Module):
         attended = self.attention(self.attention_norm(x), rope, keys[0])
         if key is None or self.dropout == 0:
             normed, x = add_norm(self.mlp_norm, attended, x)
-            if type(self.mlp) in (MLP, GatedMLP):  # theirs is added by the last matmul, where tp is 1
+            # theirs is added by the last matmul, where tp is 1; a hook is to see the output without it
+            if type(self.mlp) in (MLP, GatedMLP) and not self.mlp._forward_hooks:
                 return self.mlp(normed, x)
             return x + self.mlp(normed)
         x = self._drop_add(attended, x, keys[1])

@@ -1,6 +1,6 @@
 """Where a linear layer leaves its weight's gradient, if somebody sums it over the micro-batches of a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -11,22 +11,16 @@ class GradientSum:
     """The gradient of one weight, in fp32 at least, summed over the uses and the micro-batches of a step.
 
     Matmuls add to it as they go: no gradient in the weight's own dtype is written, rounded or added afterwards.
-    `done` is called when every use that forward announced has been added.
     """
 
-    def __init__(self, total: Tensor, done: Callable[[], None]):
+    def __init__(self, total: Tensor):
         self.total = total
         self.empty, self.closed = True, False
         """Holds nothing of this step yet; takes nothing more in this step."""
-        self._done, self._uses = done, 0
-
-    def expect(self) -> None:
-        """A forward that backward will follow."""
-        self._uses += 1
 
     def restart(self) -> None:
         """The step is over: the next gradient replaces what is here."""
-        self.empty, self.closed, self._uses = True, False, 0
+        self.empty, self.closed = True, False
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient that autograd computed. Raises RuntimeError if the sum has been sent off."""
@@ -35,26 +29,19 @@ class GradientSum:
             self.total.copy_(gradient)
         else:
             self.total.add_(gradient)
-        self._added()
+        self.empty = False
 
     def add_products(self, dys: Sequence[Tensor], x: Tensor, backend: Backend) -> None:
-        """Add dyᵀ x (see write_products), of one announced use. Raises RuntimeError if the sum has been sent off."""
+        """Add dyᵀ x (see write_products), of one use. Raises RuntimeError if the sum has been sent off."""
         self._check_open()
         write_products(self.total, dys, x, self.empty, backend)
-        self._uses -= 1
-        self._added()
+        self.empty = False
 
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError(
-                "a gradient came after its sum had been sent to the other ranks: "
-                "was backward run twice, or has the weight a use outside its layer?"
+                "a gradient came after its sum had been sent to the other ranks: was backward run twice, or in parts?"
             )
-
-    def _added(self) -> None:
-        self.empty = False
-        if self._uses <= 0:
-            self._done()
 
 
 def write_products(total: Tensor, dys: Sequence[Tensor], x: Tensor, first: bool, backend: Backend) -> Tensor:

@@ -161,10 +161,8 @@ class Product:
     def of(
         layer: "ColumnParallelLinear | RowParallelLinear", interleave: int = 1, activation: str | None = None
     ) -> "Product":
-        """A layer's, for one forward; announces it where gradients are summed."""
+        """A layer's."""
         total = None if torch.compiler.is_compiling() else gradient_sum(layer.weight)
-        if total is not None and torch.is_grad_enabled() and layer.weight.requires_grad:
-            total.expect()
         gated = activation is not None and getattr(layer, "interleave", 1) == 2
         return Product(layer.mesh, layer.backend, interleave, activation, gated, total)
 

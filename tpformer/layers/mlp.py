@@ -94,7 +94,9 @@ class GatedMLP(nn.Module):
 
 
 def project(down: nn.Module, hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """down(hidden) + residual; whoever replaced `down` is asked for the projection only."""
+    """down(hidden) + residual; whoever replaced `down`, or looks at its output, is asked for the projection only."""
     if residual is None:
         return down(hidden)
-    return down(hidden, residual) if type(down) is RowParallelLinear else down(hidden) + residual
+    if type(down) is RowParallelLinear and not down._forward_hooks:
+        return down(hidden, residual)
+    return down(hidden) + residual

@@ -1,12 +1,11 @@
 """Data parallelism: gradients accumulate in fp32 buckets, which are summed over dp while backward still runs."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tpformer.collectives import Pending, start_all_reduce
 from tpformer.layers.gradient_sum import GradientSum, set_gradient_sum
@@ -41,11 +40,11 @@ class GradientBuckets:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sums: dict[str, GradientSum] = {}
         self._buckets: list[_Bucket] = []
+        self._handles: list[RemovableHandle] = []
         self._last = True
         self._launched = 0
         for group in _groups(named, bucket_bytes):
             self._add_bucket({name: named[name] for name in group})
-        self._handles = [p.register_post_accumulate_grad_hook(self._hook(n)) for n, p in named.items()]
         self._direct = {name: p for name, p in _linear_weights(model).items() if self._takes_products(name, p)}
         for name, weight in self._direct.items():
             set_gradient_sum(weight, self._sums[name])
@@ -91,15 +90,18 @@ class GradientBuckets:
         bucket = _Bucket(buffer, tuple(named), set(named))
         parts = buffer.split([p.numel() for p in named.values()])
         for (name, parameter), part in zip(named.items(), parts, strict=True):
-            self._sums[name] = GradientSum(part.view_as(parameter), partial(self._complete, bucket, name))
+            self._sums[name] = GradientSum(part.view_as(parameter))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(bucket, name)))
         self._buckets.append(bucket)
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def _hook(self, bucket: _Bucket, name: str) -> Callable[[Tensor], None]:
+        """Runs once a backward, after every use of the parameter, also if linear layers have added all there is."""
+
         def accumulate(parameter: Tensor) -> None:
-            if parameter.grad is None:  # a linear layer has added it already
-                return
-            self._sums[name].add(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:
+                self._sums[name].add(parameter.grad)
+                parameter.grad = None
+            self._complete(bucket, name)
 
         return accumulate
 
@@ -121,13 +123,9 @@ class GradientBuckets:
 
 
 def _linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights of linear layers, by name, that are nothing else's: no product of theirs comes unannounced."""
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return {
-        f"{name}.weight".lstrip("."): module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and owners[id(module.weight)] == 1
-    }
+    """Weights of linear layers, by name."""
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear))
+    return {f"{name}.weight".lstrip("."): layer.weight for name, layer in layers}
 
 
 def _groups(named: dict[str, nn.Parameter], bucket_bytes: int) -> list[list[str]]:
