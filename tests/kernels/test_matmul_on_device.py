@@ -75,7 +75,7 @@ def results(a: Tensor, b: Tensor, epilogue: str, tf32: bool, behind: tuple[Tenso
     if epilogue in ACTIVATIONS:
         return OPS.matmul_activated(a, b, bias, ACTIVATIONS[epilogue], tf32)
     if epilogue == "accumulate":
-        total = residual.float()
+        total = residual.to(torch.float32, copy=True)
         OPS.matmul_accumulate_(total, a.t(), b, False)
         return (total,)
     return (OPS.matmul_forward(a, b, bias, residual, tf32),)
