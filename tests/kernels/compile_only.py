@@ -132,6 +132,13 @@ SOFTMAX = {"mask": (torch.float32, torch.bool, None), "causal": BOTH}
 CROSS_ENTROPY = {"softcap": (30.0, 0.0), "with_sum": BOTH, "inplace": BOTH}
 
 CASES: dict[str, Case] = {
+    # first, because they take longest
+    **{
+        f"matmul {numbers}": Case(
+            compile_matmul.matmul, {}, launches=functools.partial(compile_matmul.launches, numbers=numbers)
+        )
+        for numbers in compile_matmul.DTYPES
+    },
     "norm_forward": Case(norm_forward, NORM_FORWARD, last=WIDE_FORWARD),
     "norm_forward_wide": Case(norm_forward, NORM_FORWARD),
     "norm_backward": Case(norm_backward, NORM_BACKWARD, last=WIDE_BACKWARD),
@@ -149,12 +156,6 @@ CASES: dict[str, Case] = {
     "softmax_backward_wide": Case(softmax, SOFTMAX),
     "cross_entropy_statistics": Case(cross_entropy, CROSS_ENTROPY),
     "cross_entropy_gradient": Case(cross_entropy, CROSS_ENTROPY),
-    **{
-        f"matmul {numbers}": Case(
-            compile_matmul.matmul, {}, launches=functools.partial(compile_matmul.launches, numbers=numbers)
-        )
-        for numbers in compile_matmul.DTYPES
-    },
 }
 CONTROLS = {"spilling": Case(spilling, {}), "sharing": Case(sharing, {})}
 """What must be complained about."""

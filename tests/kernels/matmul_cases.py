@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.support import DEVICE, TOLERANCE, close
-from tpformer_kernels import bias_gelu, gated_activation, matmul_choice
+from tpformer_kernels import bias_gelu, gated_activation, matmul_choice, matmul_ops
 
 OPS: Any = torch.ops.tpformer
 LAYOUTS = ("nn", "nt", "tn", "tt")
@@ -41,7 +41,7 @@ def operands(size: tuple[int, int, int], dtype: torch.dtype, layout: str = "nn")
 
 @contextmanager
 def small_tiles(slices: int = 1, loads: str | None = None) -> Iterator[None]:
-    """Tiles so small that few numbers need several; loads: as on an architecture that has only pointers, or both."""
+    """Tiles so small, and programs so few, that each has several; loads: on an architecture of pointers, or of both."""
     tile = {
         "BLOCK_M": 16,
         "BLOCK_N": 32,
@@ -55,7 +55,8 @@ def small_tiles(slices: int = 1, loads: str | None = None) -> Iterator[None]:
     if loads == "descriptors":
         families += ["half descriptors", "tf32 descriptors"]
     read = {"tiles": {family: {"small": tile} for family in families}, "shapes": {}}
-    with patch.object(matmul_choice, "table", lambda architecture: read):
+    programs = patch.object(matmul_ops, "programs", lambda device: 4)
+    with patch.object(matmul_choice, "table", lambda architecture: read), programs:
         yield
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.compile_only import CASES, CONTROLS, Kernel, Result
+from tpformer_kernels.matmul_choice import best_loads
 from tpformer_kernels.tables import ARCHITECTURES, table
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,8 @@ def test_every_row_and_every_kernel_is_compiled(results: list[Result], architect
     assert uncompiled(architecture, table(architecture)["kernels"], results) == []
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
     ours = [result for result in results if result.architecture == architecture and result.case in CASES]
-    assert {kernel.name for result in ours for kernel in result.kernels} == launched(sources)
+    absent = {"matmul_descriptor_kernel"} if best_loads(architecture, "half") == "pointers" else set()
+    assert {kernel.name for result in ours for kernel in result.kernels} == launched(sources) - absent
 
 
 @pytest.mark.parametrize(("control", "text"), [("spilling", "spill from"), ("sharing", "of shared memory")])

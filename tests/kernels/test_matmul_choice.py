@@ -66,6 +66,16 @@ def test_a_row_is_of_the_way_it_was_measured_in(monkeypatch: pytest.MonkeyPatch)
     assert not faster_by_kernel(a, b, "bias", False)
 
 
+@pytest.mark.parametrize(("capability", "architecture"), [((8, 6), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 80)])
+def test_the_table_of_a_device(capability: tuple[int, int], architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tables.architecture_of.cache_clear()
+    try:
+        assert matmul_choice.architecture_of(torch.device("cuda", 0)) == architecture
+    finally:
+        tables.architecture_of.cache_clear()
+
+
 def test_the_tokens_are_k_of_a_weight_s_gradient() -> None:
     assert key_of("tn accumulate", 6144, 4096, 5000) == "tn accumulate 6144x4096x8192"
     assert key_of("nt plain", 5000, 6144, 4096) == "nt plain 8192x6144x4096"
