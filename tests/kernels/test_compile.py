@@ -176,7 +176,8 @@ ops = {
     "rms_norm": (x, w, 1e-5), "add_rms_norm": (x, x, w, 1e-5),
     "layer_norm": (x, w, w, 1e-5), "add_layer_norm": (x, x, w, w, 1e-5),
     "gated_activation": (x, "silu"), "bias_gelu": (x, w), "dropout_add": (x, x, 0.1, (1, 2, 3)), "softmax": (x,),
-    "matmul": (w[:3].diag(), x[0]), "apply_rope": (heads, heads, cos, cos), "split_and_rotate": (heads.unsqueeze(2), cos, cos),
+    "matmul": (w[:3].diag(), x[0]),
+    "apply_rope": (heads, heads, cos, cos), "split_and_rotate": (heads.unsqueeze(2), cos, cos),
     "cross_entropy_statistics": (x[:, 0], targets, 8, True),
     "cross_entropy_gradient": (x[:, 0], targets, 8, lse, (lse, lse, lse)),
 }
