@@ -40,77 +40,14 @@ def attention_delta_kernel(
     inside = query < queries
     do_ptr += b * do_stride_b + h * do_stride_h
     o_ptr += b * o_stride_b + h * o_stride_h
-    do = load_rows(do_ptr, do_stride_s, query, queries, True, HEAD_DIM, BLOCK_D).to(tl.float32)
-    o = load_rows(o_ptr, o_stride_s, query, queries, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+    do = load_rows(do_ptr, do_stride_s, query, queries, HEAD_DIM, BLOCK_D).to(tl.float32)
+    o = load_rows(o_ptr, o_stride_s, query, queries, HEAD_DIM, BLOCK_D).to(tl.float32)
     delta = tl.sum(do * o, 1)
     place = (b * tl.num_programs(1) + h) * queries + query
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + place, inside, 0.0)
     lse = tl.load(lse_ptr + place, inside, 0.0)
     tl.store(delta_ptr + place, tl.where(lse == -float("inf"), 0.0, delta), inside)
-
-
-@jit
-def _dq_tiles(
-    dq,
-    q,
-    do,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    key_mask_ptr,
-    k_stride,
-    v_stride,
-    low,
-    high,
-    query,
-    queries,
-    keys,
-    inner,
-    unit,
-    window,
-    seed_low,
-    seed_high,
-    threshold,
-    sample,
-    head,
-    keep_scale,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Adds what keys from low to high give to a tile of queries; tiles are (queries, keys)."""
-    for start in range(low, high, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, k_stride, column, keys, MASKED, HEAD_DIM, BLOCK_D)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:
-            x = tanh(x * inner)
-            slope = 1 - x * x
-        if MASKED:
-            position = (query + (keys - queries))[:, None]
-            seen = seen_pairs(position, column[None, :], keys, window, CAUSAL, WINDOW)
-            if key_mask_ptr is not None:
-                seen = seen & (tl.load(key_mask_ptr + column, column < keys, 0) != 0)[None, :]
-            x = tl.where(seen, x, -float("inf"))
-        p = tl.exp2(x * unit - lse[:, None])
-        v = load_rows(v_ptr, v_stride, column, keys, MASKED, HEAD_DIM, BLOCK_D)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        if DROPOUT:
-            kept = kept_pairs(seed_low, seed_high, threshold, sample, head, query, start, BLOCK_M, BLOCK_N)
-            dp = tl.where(kept, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        if SOFTCAP:
-            ds = ds * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
 
 
 @jit(do_not_specialize=["queries", "keys", "window", "seed_low", "seed_high", "threshold", "sample", "head"])
@@ -157,7 +94,6 @@ def attention_dq_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
-    SPLIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -176,31 +112,36 @@ def attention_dq_kernel(
     do_ptr += b * do_stride_b + h * do_stride_h + token * do_stride_s
     if key_mask_ptr is not None:
         key_mask_ptr += b * mask_stride
-    q = load_rows(q_ptr, q_stride_s, query, queries, True, HEAD_DIM, BLOCK_D)
-    do = load_rows(do_ptr, do_stride_s, query, queries, True, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_ptr, q_stride_s, query, queries, HEAD_DIM, BLOCK_D)
+    do = load_rows(do_ptr, do_stride_s, query, queries, HEAD_DIM, BLOCK_D)
     lse = load_lse(lse_ptr + row + token, query, queries)
     delta = tl.load(delta_ptr + row + token + query, query < queries, 0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first = start + (keys - queries)
     ahead = 0 if CAUSAL else window - 1
     low, full, part, high = band(first, first + BLOCK_M - 1, keys, window - 1, ahead, WINDOW, CAUSAL or WINDOW, BLOCK_N)
-    if SPLIT and WINDOW:
-        dq = _dq_tiles(
-            dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, k_stride_s, v_stride_s, low, tl.minimum(full, high),
-            query, queries, keys, inner, unit, window, seed_low, seed_high, threshold, sample, head, keep_scale,
-            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    if SPLIT:
-        dq = _dq_tiles(
-            dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, k_stride_s, v_stride_s, full, part,
-            query, queries, keys, inner, unit, window, seed_low, seed_high, threshold, sample, head, keep_scale,
-            False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        low = tl.maximum(full, part)
-    dq = _dq_tiles(
-        dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, k_stride_s, v_stride_s, low, high,
-        query, queries, keys, inner, unit, window, seed_low, seed_high, threshold, sample, head, keep_scale,
-        True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    for begin in range(low, high, BLOCK_N):
+        column = begin + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, k_stride_s, column, keys, HEAD_DIM, BLOCK_D)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SOFTCAP:
+            x = tanh(x * inner)
+            slope = 1 - x * x
+        if key_mask_ptr is not None:
+            allowed = tl.load(key_mask_ptr + column, column < keys, 0)
+            x = tl.where(allowed[None, :] != 0, x, -float("inf"))
+        if (begin < full) | (begin >= part):
+            position = (query + (keys - queries))[:, None]
+            x = tl.where(seen_pairs(position, column[None, :], keys, window, CAUSAL, WINDOW), x, -float("inf"))
+        p = tl.exp2(x * unit - lse[:, None])
+        v = load_rows(v_ptr, v_stride_s, column, keys, HEAD_DIM, BLOCK_D)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            kept = kept_pairs(seed_low, seed_high, threshold, sample, head, query, begin, BLOCK_M, BLOCK_N)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * slope
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq_ptr += b * dq_stride_b + h * dq_stride_h + token * dq_stride_s
     store_rows(dq_ptr, dq_stride_s, query, queries, dq * scale, HEAD_DIM, BLOCK_D)

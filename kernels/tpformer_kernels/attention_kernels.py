@@ -1,7 +1,7 @@
 """FlashAttention-2 (arXiv 2307.08691) in Triton: forward, and what forward and backward share.
 
-Scores are kept in units of log 2. A band of keys is walked in three parts, of which the middle one, where every query
-of the tile sees every key, needs no mask.
+Scores are kept in units of log 2. Tiles that no pair of query and key is seen in are not visited, and those where every
+pair is, are not masked.
 """
 
 from tpformer_kernels.jit import jit, tl
@@ -46,12 +46,11 @@ def band(first, last, length, back, ahead, BACK: tl.constexpr, AHEAD: tl.constex
 
 
 @jit
-def load_rows(ptr, stride, index, length, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of one head, (len(index), BLOCK_D); zeros beyond its length (if MASKED) and its width."""
+def load_rows(ptr, stride, index, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of one head, (len(index), BLOCK_D); zeros beyond its length and its width."""
     d = tl.arange(0, BLOCK_D)
-    places = ptr + index.to(tl.int64)[:, None] * stride + d[None, :]
     inside = (index < length)[:, None] & (d < HEAD_DIM)[None, :]
-    return tl.load(places, inside, 0.0) if MASKED or HEAD_DIM != BLOCK_D else tl.load(places)
+    return tl.load(ptr + index.to(tl.int64)[:, None] * stride + d[None, :], inside, 0.0)
 
 
 @jit
@@ -102,67 +101,6 @@ def tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1
 
 
-@jit
-def _forward_tiles(
-    acc,
-    total,
-    top,
-    q,
-    k_ptr,
-    v_ptr,
-    key_mask_ptr,
-    k_stride,
-    v_stride,
-    low,
-    high,
-    query,
-    queries,
-    keys,
-    inner,
-    unit,
-    window,
-    seed_low,
-    seed_high,
-    threshold,
-    sample,
-    head,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Online softmax (arXiv 1805.02867) over keys from low to high: sums of weighted values, of weights, and maxima."""
-    for start in range(low, high, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, k_stride, column, keys, MASKED, HEAD_DIM, BLOCK_D)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:
-            x = tanh(x * inner)
-        if MASKED:
-            position = (query + (keys - queries))[:, None]
-            seen = seen_pairs(position, column[None, :], keys, window, CAUSAL, WINDOW)
-            if key_mask_ptr is not None:
-                seen = seen & (tl.load(key_mask_ptr + column, column < keys, 0) != 0)[None, :]
-            x = tl.where(seen, x, -float("inf"))
-        higher = tl.maximum(top, tl.max(x, 1) * unit)
-        p = tl.exp2(x * unit - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        if DROPOUT:
-            kept = kept_pairs(seed_low, seed_high, threshold, sample, head, query, start, BLOCK_M, BLOCK_N)
-            p = tl.where(kept, p, 0.0)
-        v = load_rows(v_ptr, v_stride, column, keys, MASKED, HEAD_DIM, BLOCK_D)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        top = higher
-    return acc, total, top
-
-
 @jit(do_not_specialize=["queries", "keys", "window", "seed_low", "seed_high", "threshold", "sample", "head"])
 def attention_forward_kernel(
     q_ptr,
@@ -201,7 +139,6 @@ def attention_forward_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
-    SPLIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -219,31 +156,35 @@ def attention_forward_kernel(
     v_ptr += b * v_stride_b + h // group * v_stride_h + token * v_stride_s
     if key_mask_ptr is not None:
         key_mask_ptr += b * mask_stride
-    q = load_rows(q_ptr, q_stride_s, query, queries, True, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_ptr, q_stride_s, query, queries, HEAD_DIM, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)  # finite, so that -inf - top is never NaN
     first = start + (keys - queries)
     ahead = 0 if CAUSAL else window - 1
     low, full, part, high = band(first, first + BLOCK_M - 1, keys, window - 1, ahead, WINDOW, CAUSAL or WINDOW, BLOCK_N)
-    if SPLIT and WINDOW:
-        acc, total, top = _forward_tiles(
-            acc, total, top, q, k_ptr, v_ptr, key_mask_ptr, k_stride_s, v_stride_s, low, tl.minimum(full, high),
-            query, queries, keys, inner, unit, window, seed_low, seed_high, threshold, sample, head,
-            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    if SPLIT:
-        acc, total, top = _forward_tiles(
-            acc, total, top, q, k_ptr, v_ptr, key_mask_ptr, k_stride_s, v_stride_s, full, part,
-            query, queries, keys, inner, unit, window, seed_low, seed_high, threshold, sample, head,
-            False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        low = tl.maximum(full, part)
-    acc, total, top = _forward_tiles(
-        acc, total, top, q, k_ptr, v_ptr, key_mask_ptr, k_stride_s, v_stride_s, low, high,
-        query, queries, keys, inner, unit, window, seed_low, seed_high, threshold, sample, head,
-        True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    for begin in range(low, high, BLOCK_N):
+        column = begin + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, k_stride_s, column, keys, HEAD_DIM, BLOCK_D)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SOFTCAP:
+            x = tanh(x * inner)
+        if key_mask_ptr is not None:
+            allowed = tl.load(key_mask_ptr + column, column < keys, 0)
+            x = tl.where(allowed[None, :] != 0, x, -float("inf"))
+        if (begin < full) | (begin >= part):
+            position = (query + (keys - queries))[:, None]
+            x = tl.where(seen_pairs(position, column[None, :], keys, window, CAUSAL, WINDOW), x, -float("inf"))
+        higher = tl.maximum(top, tl.max(x, 1) * unit)
+        p = tl.exp2(x * unit - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        top = higher
+        total = total * shrink + tl.sum(p, 1)
+        if DROPOUT:
+            kept = kept_pairs(seed_low, seed_high, threshold, sample, head, query, begin, BLOCK_M, BLOCK_N)
+            p = tl.where(kept, p, 0.0)
+        v = load_rows(v_ptr, v_stride_s, column, keys, HEAD_DIM, BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     blind = total == 0.0  # saw no key
     total = tl.where(blind, 1.0, total)
     o = acc * (keep_scale / total)[:, None]

@@ -157,14 +157,8 @@ def _arguments(
         "WINDOW": s.window is not None and s.window < longest,
         "SOFTCAP": s.softcap > 0,
         "DROPOUT": s.dropout > 0,
-        "SPLIT": _splits(q, key_mask),
     }
     return numbers, flags | _widths(q)
-
-
-def _splits(q: Tensor, key_mask: Tensor | None) -> bool:
-    """Whether tiles that every query sees have a loop without masks: not in fp32, whose machine code is long."""
-    return key_mask is None and q.dtype != torch.float32
 
 
 def _tiles(x: Tensor, block: int, cu_seqlens: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
