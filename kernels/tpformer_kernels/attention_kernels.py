@@ -30,9 +30,9 @@ def tile_place(tiles_ptr, queries, keys, BLOCK: tl.constexpr, LAST_FIRST: tl.con
 
 @jit
 def band(first, last, length, back, ahead, BACK: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Of `length` numbers those from first - back (if BACK) to last + ahead (if AHEAD), in blocks: low, full, part, high.
+    """Of `length` numbers those from first - back (if BACK) to last + ahead (if AHEAD), in blocks.
 
-    Blocks from full to part are in the band of every number from first to last, those before and after of some.
+    Returns low, full, part, high: blocks from full to part are near every number from first to last, others near some.
     """
     low, full, high = 0, 0, length
     part = length // BLOCK * BLOCK

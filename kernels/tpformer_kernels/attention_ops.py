@@ -61,9 +61,10 @@ def attention_forward(
     o, lse = _empty_forward(q)
     q, k, v = _with_rows(q, k, v)
     key_mask = _as_bytes(key_mask)
-    numbers, flags = _arguments(q, k, key_mask, Settings(*settings))
+    chosen = Settings(*settings)
+    numbers, flags = _arguments(q, k, key_mask, chosen)
     del numbers["scale"]
-    meta = _options("attention_forward", q)
+    meta = _options("attention_forward", q, chosen)
     tiles, grid = _tiles(q, meta["BLOCK_M"], cu_seqlens)
     pointers = (q, k, v, o, lse, key_mask, tiles)
     launch(attention_forward_kernel, grid, *pointers, *_strides(q, k, v, o), **numbers, **flags, **meta)
@@ -84,15 +85,16 @@ def attention_backward(
     q, k, v, do, o = _with_rows(q, k, v, do, o)
     lse, key_mask = lse.contiguous(), _as_bytes(key_mask)
     delta = _delta(do, o, lse, dlse)
-    numbers, flags = _arguments(q, k, key_mask, Settings(*settings))
+    chosen = Settings(*settings)
+    numbers, flags = _arguments(q, k, key_mask, chosen)
     pointers = (q, k, v, do, lse, delta)
     if with_kv:
-        meta = _options("attention_dkdv", q)
+        meta = _options("attention_dkdv", q, chosen)
         tiles, grid = _tiles(k, meta["BLOCK_N"], cu_seqlens)
         arguments = (*pointers, dk, dv, key_mask, tiles, *_strides(q, k, v, do, dk))
         launch(attention_dkdv_kernel, grid, *arguments, **numbers, **flags, **meta)
     if with_q:
-        meta = _options("attention_dq", q)
+        meta = _options("attention_dq", q, chosen)
         tiles, grid = _tiles(q, meta["BLOCK_M"], cu_seqlens)
         arguments = (*pointers, dq, key_mask, tiles, *_strides(q, k, v, do, dq))
         launch(attention_dq_kernel, grid, *arguments, **numbers, **flags, **meta)
@@ -119,9 +121,10 @@ def _as_bytes(key_mask: Tensor | None) -> Tensor | None:
     return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
-def _options(kernel: str, q: Tensor) -> dict[str, int]:
-    """fp32 is multiplied exactly, without tensor cores, and has tiles of its own."""
-    return options(f"{kernel}_fp32" if q.dtype == torch.float32 else kernel, q.shape[3], q.device)
+def _options(kernel: str, q: Tensor, settings: Settings) -> dict[str, int]:
+    """fp32 is multiplied without tensor cores; beside dropout and a soft cap there are registers for small tiles only."""
+    small = "_small" if settings.dropout or settings.softcap else ""
+    return options(kernel + ("_fp32" if q.dtype == torch.float32 else small), q.shape[3], q.device)
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

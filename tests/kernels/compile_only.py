@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.kernels.compile_attention import ATTENTION
 from tpformer_kernels import library, tables
 from tpformer_kernels.jit import INTERPRETED, jit, tl, triton
 from tpformer_kernels.norm_kernels import WIDE_BACKWARD, WIDE_FORWARD
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     """All values of each flag; the first is the one that costs most."""
     last: int = 1 << 16
     """The largest size that the last row serves."""
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
 
 
 def norm_forward(rows: int, size: int, dtype: torch.dtype, residual: bool, bias: bool, center: bool) -> None:
@@ -146,6 +148,7 @@ CASES: dict[str, Case] = {
     "softmax_backward_wide": Case(softmax, SOFTMAX),
     "cross_entropy_statistics": Case(cross_entropy, CROSS_ENTROPY),
     "cross_entropy_gradient": Case(cross_entropy, CROSS_ENTROPY),
+    **{name: Case(*fields) for name, fields in ATTENTION.items()},
 }
 CONTROLS = {"spilling": Case(spilling, {}), "sharing": Case(sharing, {})}
 """What must be complained about."""
@@ -193,12 +196,12 @@ def calls(case: Case, rows: list[dict[str, Any]], architecture: int) -> Iterator
     heaviest, *others = (
         dict(zip(case.flags, values, strict=True)) for values in itertools.product(*case.flags.values())
     )
-    for size, dtype in itertools.product(sizes, (torch.bfloat16, torch.float32)):
+    for size, dtype in itertools.product(sizes, case.dtypes):
         yield Call(ROWS, size, dtype, heaviest)
-    once = [Call(ROWS, sizes[0], torch.bfloat16, flags) for flags in others]
+    once = [Call(ROWS, sizes[0], case.dtypes[0], flags) for flags in others]
     once += [
         Call(ROWS, sizes[0], torch.float16, heaviest),
-        Call(1, sizes[-1] - 2, torch.bfloat16, heaviest),  # Triton compiles anew for a 1, and for what 16 divides
+        Call(1, sizes[-1] - 2, case.dtypes[0], heaviest),  # Triton compiles anew for a 1, and for what 16 divides
         Call(ROWS - 1, 2, torch.float32, heaviest),
     ]
     # on one architecture each, for the sake of time

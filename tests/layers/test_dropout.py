@@ -20,12 +20,12 @@ KEY = Key(9, sample=2)
 
 
 def attention_dropout(shape: tuple[int, ...], p: float, key: Key, first_head: int) -> Tensor:
-    """What dropout makes of probabilities (b, heads, q, k) that are all 1: attention to k values, each a unit vector."""
+    """Dropout of probabilities (b, heads, q, k) that are all 1: attention to k values, each a unit vector."""
     samples, heads, queries, keys = shape
-    zeros, values = torch.zeros(samples, heads, max(queries, keys), keys).double(), keys * torch.eye(keys).double()
+    zeros = torch.zeros(samples, heads, max(queries, keys), keys).double()
     options = AttentionOptions(dropout=p, place=(key.seed, key.sample, first_head))
-    equal, values = zeros[:, :, :keys], values.expand(samples, heads, keys, keys)
-    return attention(zeros[:, :, :queries], equal, values, options)
+    values = keys * torch.eye(keys).double().expand(samples, heads, keys, keys)
+    return attention(zeros[:, :, :queries], zeros[:, :, :keys], values, options)
 
 
 def run_residual(backend: Backend, name: str, with_residual: bool) -> dict[str, npt.NDArray[Any]]:
