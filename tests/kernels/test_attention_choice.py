@@ -75,15 +75,14 @@ def test_lse_is_ours() -> None:
 def test_triton_is_what_was_asked_for() -> None:
     q, k, _ = Shape(sq=5, sk=5).inputs()
     assert explain_attention(q, k, backend="triton") == "attention: triton, asked for"
-    assert explain_attention(q.double(), k.double(), EVERYTHING).startswith(
-        "attention: torch"
-    )  # no kernel computes fp64
+    double = q.double(), k.double()  # for which there are no kernels
+    assert explain_attention(*double, EVERYTHING).startswith("attention: torch")
     wide = Shape(sq=5, sk=5, d=257).inputs()
     assert explain_attention(*wide[:2], EVERYTHING).startswith("attention: torch")
     with pytest.raises(ValueError, match=r"head_dim \(257\) must be 1 to 256"):
         attention(*wide, backend="triton")
-    with pytest.raises(ValueError, match="not torch.float64"):
-        attention(q.double(), k.double(), k.double(), backend="triton")
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        attention(*double, k.double(), backend="triton")
 
 
 def test_the_faster_one_is_looked_up() -> None:
