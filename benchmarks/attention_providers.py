@@ -51,7 +51,8 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's own on expanded keys and values, which has kernels for fp32 that keep no scores."""
-    return F.scaled_dot_product_attention(*expanded(q, k, v), is_causal=True)
+    q, k, v = expanded(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def expanded(q: Tensor, k: Tensor, v: Tensor) -> Leaves:

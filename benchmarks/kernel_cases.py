@@ -226,7 +226,7 @@ def softmax_case(op: str, size: Size, dtype: torch.dtype) -> Case:
 
 
 def attention_case(op: str, size: Size, dtype: torch.dtype, dropout: float = 0.0) -> Case:
-    """Causal, of one sequence; only the half of the scores that is seen counts, in two products and five of backward."""
+    """Causal, of one sequence: the half of the scores that is seen, in two products, and in five of backward."""
     n, h, kv, d = size.tokens, size.heads, size.kv_heads, size.head_dim
 
     def make(source: Source) -> Leaves:
@@ -236,8 +236,8 @@ def attention_case(op: str, size: Size, dtype: torch.dtype, dropout: float = 0.0
     query, pair, product = n * h * d * dtype.itemsize, 2 * n * kv * d * dtype.itemsize, n * n * h * d
     shape = {"tokens": n, "heads": h, "kv_heads": kv, "head_dim": d}
     least = 2 * query + pair, 4 * query + 2 * pair
-    flops = {"flops": 7 * product, "backward_flops": 5 * product}
-    return Case(op, size, shape, dtype, make, attention_providers.attention(dropout), *least, **flops)
+    contenders = attention_providers.attention(dropout)
+    return Case(op, size, shape, dtype, make, contenders, *least, flops=7 * product, backward_flops=5 * product)
 
 
 def cross_entropy_case(op: str, size: Size, dtype: torch.dtype, inplace: bool = True) -> Case:

@@ -98,14 +98,15 @@ def _exact_attention(size: int) -> Case:
 
 def _attention_keys(kernel: str, direction: str) -> dict[str, Tuned]:
     """The three keys of one attention kernel."""
-    key, most = f"attention_{kernel}", 160
-    tiles = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
-    small = {"BLOCK_M": (32, 64), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)}
-    exact = {"BLOCK_M": (16, 32), "BLOCK_N": (16, 32), "num_warps": (4, 8), "num_stages": (1, 2)}
+
+    def tuned(case: Callable[[int], Case], last: int, m: tuple[int, ...], n: tuple[int, ...], stages: int) -> Tuned:
+        grid = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": (4, 8), "num_stages": tuple(range(1, stages + 1))}
+        return Tuned(case, direction, last, grid, most=160)
+
     return {
-        key: Tuned(_attention, direction, 256, tiles, most),
-        f"{key}_small": Tuned(_dropped_attention, direction, 256, small, most),
-        f"{key}_fp32": Tuned(_exact_attention, direction, 128, exact, most),
+        f"attention_{kernel}": tuned(_attention, 256, (32, 64, 128), (32, 64, 128), 3),
+        f"attention_{kernel}_small": tuned(_dropped_attention, 256, (32, 64), (32, 64, 128), 2),
+        f"attention_{kernel}_fp32": tuned(_exact_attention, 128, (16, 32), (16, 32), 2),
     }
 
 

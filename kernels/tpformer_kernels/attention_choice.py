@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def attention_choice(
     obstacle = _obstacle(q, k, options, key_mask, cu_seqlens, lse)
     if obstacle is not None:
         return "triton" if ours else "torch", f"because torch's scaled_dot_product_attention has no {obstacle}"
-    if ours and measured_choice(architecture_of(q.device), q.shape[3], q.shape[2]) == "triton":
+    if ours and measured_choice(q.device, q.shape[3], q.shape[2]) == "triton":
         return "triton", "measured to be the faster one"
     return "sdpa", "torch's scaled_dot_product_attention, which has all that is asked for"
 
@@ -69,11 +70,19 @@ def _windowed(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
     return options.window is not None and options.window < max(q.shape[2], k.shape[2])
 
 
-def measured_choice(architecture: int, head_dim: int, queries: int) -> str:
-    """The winner of a causal forward and backward on an architecture, from its table; "sdpa" if nothing is measured."""
-    rows = table(architecture)["choices"]["attention"]
-    fitting = (row for row in rows if row["head_dim"] == head_dim and (row["up_to"] is None or queries <= row["up_to"]))
-    return next((row["winner"] for row in fitting), "sdpa")
+def measured_choice(device: torch.device, head_dim: int, queries: int) -> str:
+    """The winner of a causal forward and backward, from the device's table; "sdpa" if nothing is measured."""
+    for width, up_to, winner in _winners(device):
+        if width == head_dim and (up_to is None or queries <= up_to):
+            return winner
+    return "sdpa"
+
+
+@torch.compiler.assume_constant_result  # it cannot be traced: it reads a file
+def _winners(device: torch.device) -> tuple[tuple[int, int | None, str], ...]:
+    """Rows of head_dim, the largest length (None: any) and who won, by ascending length."""
+    rows = table(architecture_of(device))["choices"]["attention"]
+    return tuple((row["head_dim"], row["up_to"], row["winner"]) for row in rows)
 
 
 def check_width(q: Tensor) -> None:

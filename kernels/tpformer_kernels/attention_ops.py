@@ -122,7 +122,7 @@ def _as_bytes(key_mask: Tensor | None) -> Tensor | None:
 
 
 def _options(kernel: str, q: Tensor, settings: Settings) -> dict[str, int]:
-    """fp32 is multiplied without tensor cores; beside dropout and a soft cap there are registers for small tiles only."""
+    """fp32 has no use of tensor cores; beside dropout or a soft cap there are registers for small tiles only."""
     small = "_small" if settings.dropout or settings.softcap else ""
     return options(kernel + ("_fp32" if q.dtype == torch.float32 else small), q.shape[3], q.device)
 

@@ -85,7 +85,8 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, cu_seqle
     parts = []
     for i, (start, end) in enumerate(pairwise(ends)):
         own = replace(options, place=(seed, sample + i, head))
-        parts.append(attention_reference(*(x[:, :, start:end] for x in (q, k, v)), own, None, None))
+        at = slice(start, end)
+        parts.append(attention_reference(q[:, :, at], k[:, :, at], v[:, :, at], own, None, None))
     outputs, lses = zip(*parts, strict=True)
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
 

@@ -59,10 +59,7 @@ def test_auto_says_what_it_takes_and_takes_it(name: str, capsys: pytest.CaptureF
 def test_a_window_is_torch_s_own_on_a_cpu_only(device: str, name: str) -> None:
     """There its mask is as fast as any; on CUDA it would cost flash attention, and memory."""
     q, k, _ = Shape(sq=5, sk=5).inputs()
-    with (
-        patch.object(torch.Tensor, "is_cuda", device == "cuda"),
-        patch.object(attention_choice, "architecture_of", lambda device: 90),
-    ):
+    with patch.object(torch.Tensor, "is_cuda", device == "cuda"):
         assert explain_attention(q, k, WINDOWED).startswith(f"attention: {name}")
 
 
@@ -94,13 +91,10 @@ def test_the_faster_one_is_looked_up() -> None:
     ]
     find = attention_choice.measured_choice
     with patch.object(attention_choice, "table", lambda architecture: {"choices": {"attention": rows}}):
-        found = [find(90, d, n) for d, n in ((64, 4096), (64, 4097), (128, 1 << 20), (80, 1))]
+        found = [find(torch.device("cpu"), d, n) for d, n in ((64, 4096), (64, 4097), (128, 1 << 20), (80, 1))]
         assert found == ["triton", "sdpa", "triton", "sdpa"]
         q, k, _ = Shape(sq=5, sk=5, d=64).inputs()
-        with (
-            patch.object(attention_choice, "use_triton", lambda backend, x: True),
-            patch.object(attention_choice, "architecture_of", lambda device: 90),
-        ):
+        with patch.object(attention_choice, "use_triton", lambda backend, x: True):
             assert explain_attention(q, k, CAUSAL) == "attention: triton, measured to be the faster one"
 
 
@@ -162,6 +156,23 @@ def test_compiled(options: AttentionOptions, backend: Any) -> None:
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_looking_the_winner_up_can_be_compiled(dynamic: bool | None) -> None:
+    """As on CUDA, where it is looked up; at another length too."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, CAUSAL)
+
+    torch.compiler.reset()
+    tables.table.cache_clear()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with patch.object(attention_choice, "use_triton", lambda backend, x: True):
+        for n in (5, 7, 9):
+            q, k, v = Shape(1, 2, 2, n, n).inputs()
+            torch.testing.assert_close(compiled(q, k, v), call(q, k, v), rtol=1e-6, atol=1e-6)
+
+
 def test_operations_are_counted_as_torch_counts_its_own() -> None:
     """Forward and backward, with as many KV heads as heads and without: the whole square of scores."""
 
@@ -172,10 +183,10 @@ def test_operations_are_counted_as_torch_counts_its_own() -> None:
 
     shape = Shape(2, 4, 2, 6, 6)
     q, k, v = shape.inputs()
-    mine = count(lambda *x: attention(*x, CAUSAL, backend="triton"), q, k, v)
+    mine = count(lambda q, k, v: attention(q, k, v, CAUSAL, backend="triton"), q, k, v)
     product = 2 * 2 * 4 * 6 * 6 * 16  # of one of the two forward and five backward, with 2 sequences and 4 heads
     assert mine == 7 * product
     packed = count(
-        lambda *x: attention(*x, CAUSAL, cu_seqlens=CU, backend="triton"), *(x[:1, :, :5] for x in (q, k, v))
+        lambda q, k, v: attention(q, k, v, CAUSAL, cu_seqlens=CU, backend="triton"), *(x[:1, :, :5] for x in (q, k, v))
     )
     assert packed == 7 * 2 * 4 * (3 * 3 + 2 * 2) * 16

@@ -71,7 +71,7 @@ def test_twice_the_error_of_torch_s_own(causal: bool, size: int, d: int, dtype: 
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     options = AttentionOptions(causal=causal)
-    mine = evaluate(lambda *x: attention(*x, options, backend="triton"), inputs, 3)
+    mine = evaluate(lambda q, k, v: attention(q, k, v, options, backend="triton"), inputs, 3)
     theirs = evaluate(torchs, inputs, 3, mine.cotangents)
     right = evaluate(torchs, [x.double() for x in inputs], 3, [x.double() for x in mine.cotangents])
     for triple in zip(everything(mine), everything(theirs), everything(right), strict=True):
@@ -106,15 +106,13 @@ def test_in_a_graph_and_without_waiting(packed: bool) -> None:
     cu = torch.tensor([0, *ENDS], dtype=torch.int32, device="cuda") if packed else None
     run = ours(CAUSAL, cu_seqlens=cu)
 
-    def both(*x: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_with_lse(*x, CAUSAL, cu_seqlens=cu, backend="triton")  # type: ignore[arg-type]
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_with_lse(q, k, v, CAUSAL, cu_seqlens=cu, backend="triton")
 
     expected = evaluate(run, inputs, 3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        evaluate(
-            lambda *x: attention_with_lse(*x, CAUSAL, cu_seqlens=cu, backend="triton"), inputs, 3, expected.cotangents
-        )
+        evaluate(both, inputs, 3, expected.cotangents)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
