@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import attention_providers
 from benchmarks import kernel_providers as providers
 from benchmarks.kernel_providers import Leaves, Provider
 
@@ -41,6 +42,12 @@ class Size:
 LLAMA_8B = Size("8b", 8192, 4096, 14336, 32, 8)
 LLAMA_70B = Size("70b", 8192, 8192, 28672, 64, 8)
 SWEEP = tuple(Size("8b", tokens, 4096, 14336, 32, 8, main=False) for tokens in (256, 1024, 4096))
+LENGTHS = tuple(
+    Size(f"{n // 1024}k x {d}", n, 4096, 14336, 4096 // d, 8, d, main=n > 4096)
+    for d in (64, 128)
+    for n in (4096, 8192, 16384)
+)
+"""For attention: head_dims and lengths."""
 TINY = tuple(Size("tiny", tokens, 64, 96, 4, 2, 16, vocab=211, main=tokens == 32) for tokens in (8, 32))
 """For a CPU: they show that the script works, not what the ops can do."""
 
@@ -81,6 +88,8 @@ class Case:
     backward_bytes: int
     flops: int = 0
     """Of forward and backward, for an op that arithmetic bounds."""
+    backward_flops: int = 0
+    """Those of them that are backward's, where it is timed for itself."""
     whole: bool = False
     """Forward and backward are only timed together."""
     overwritten: bool = False
@@ -94,6 +103,12 @@ class Case:
     def bytes_of(self, direction: str) -> int:
         """The least that it moves."""
         return (direction != "backward") * self.forward_bytes + (direction != "forward") * self.backward_bytes
+
+    def flops_of(self, direction: str) -> int:
+        """The operations that it takes, or 0 for an op that memory bounds."""
+        return {"forward": self.flops - self.backward_flops, "backward": self.backward_flops, "both": self.flops}[
+            direction
+        ]
 
     @property
     def shape_text(self) -> str:
@@ -210,6 +225,21 @@ def softmax_case(op: str, size: Size, dtype: torch.dtype) -> Case:
     return Case(op, size, shape, dtype, make, providers.softmax(), *softmax_bytes(h * n, n, dtype.itemsize))
 
 
+def attention_case(op: str, size: Size, dtype: torch.dtype, dropout: float = 0.0) -> Case:
+    """Causal, of one sequence: the half of the scores that is seen, in two products, and in five of backward."""
+    n, h, kv, d = size.tokens, size.heads, size.kv_heads, size.head_dim
+
+    def make(source: Source) -> Leaves:
+        q, k, v = source.normal(1, n, h, d), source.normal(1, n, kv, d), source.normal(1, n, kv, d)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    query, pair, product = n * h * d * dtype.itemsize, 2 * n * kv * d * dtype.itemsize, n * n * h * d
+    shape = {"tokens": n, "heads": h, "kv_heads": kv, "head_dim": d}
+    least = 2 * query + pair, 4 * query + 2 * pair
+    contenders = attention_providers.attention(dropout)
+    return Case(op, size, shape, dtype, make, contenders, *least, flops=7 * product, backward_flops=5 * product)
+
+
 def cross_entropy_case(op: str, size: Size, dtype: torch.dtype, inplace: bool = True) -> Case:
     """Forward and backward together, the gradient over the logits; not in place, each for itself."""
     n, v = size.tokens, size.vocab or CE_VOCAB
@@ -249,6 +279,7 @@ BUILDERS: dict[str, Callable[[str, Size, torch.dtype], Case]] = {
     "bias_gelu": bias_gelu_case,
     "dropout_add": dropout_add_case,
     "softmax": softmax_case,
+    "attention": attention_case,
     "cross_entropy": cross_entropy_case,
     "linear_cross_entropy": linear_cross_entropy_case,
 }
@@ -256,7 +287,7 @@ BUILDERS: dict[str, Callable[[str, Size, torch.dtype], Case]] = {
 
 def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     """One op at every size for the device; quick: without the sweep. fp32 on a CPU, bf16 elsewhere."""
-    sizes = TINY if device.type == "cpu" else (*SWEEP, LLAMA_8B, LLAMA_70B)
+    sizes = TINY if device.type == "cpu" else LENGTHS if op == "attention" else (*SWEEP, LLAMA_8B, LLAMA_70B)
     if "cross_entropy" in op or op == "softmax":  # of the vocabulary's size, not the model's; too large in fp32
         sizes = tuple(size for size in sizes if size is not LLAMA_70B)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -226,7 +226,7 @@ def _row(case: Case, provider: str, direction: str | None) -> Row:
 def _timed_row(case: Case, name: str, direction: str, watch: Stopwatch, samples: list[float], ceiling: float) -> Row:
     """Rates in GB/s or TFLOP/s; `fraction` is of the ceiling as it was measured beside this row."""
     timing = summary(samples)
-    flops = case.flops
+    flops = case.flops_of(direction)
     rate = (flops or case.bytes_of(direction)) / timing["median_ms"]  # per millisecond
     unit, per_unit = ("tflops", 1e9) if flops else ("gb_per_s", 1e6)
     return _row(case, name, direction) | {

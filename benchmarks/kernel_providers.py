@@ -25,7 +25,8 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 OURS, EAGER, COMPILED, LIGER = "tpformer", "torch", "torch.compile", "liger"
 LIGER_MEGATRON, MATMULS = "liger megatron", "3 x torch.mm"
-NAMES = (OURS, EAGER, COMPILED, LIGER, LIGER_MEGATRON, MATMULS)
+FLASH, CUDNN, EFFICIENT = "torch flash", "torch cuDNN", "torch efficient"
+NAMES = (OURS, EAGER, COMPILED, LIGER, LIGER_MEGATRON, MATMULS, FLASH, CUDNN, EFFICIENT)
 EPS, DROPOUT = 1e-5, 0.1
 PLACE = (1234, 0, 0)  # dropout's seed and position
 

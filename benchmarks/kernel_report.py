@@ -11,11 +11,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.kernel_cases import BUILDERS, DIRECTIONS
-from benchmarks.kernel_providers import LIGER, LIGER_MEGATRON, MATMULS, NAMES, OURS
+from benchmarks.kernel_providers import CUDNN, FLASH, LIGER, LIGER_MEGATRON, MATMULS, NAMES, OURS
 
 Row = dict[str, Any]
 COPY = "copy"
-COLORS = dict(zip(NAMES, ("#d62728", "#7f7f7f", "#1f77b4", "#2ca02c", "#98df8a", "#9467bd"), strict=True))
+HUES = ("#d62728", "#7f7f7f", "#1f77b4", "#2ca02c", "#98df8a", "#9467bd", "#ff7f0e", "#17becf", "#bcbd22")
+COLORS = dict(zip(NAMES, HUES, strict=True))
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ def _targets() -> Iterator[Target]:
     for op in ("split_and_rotate", "gated_activation", "bias_gelu"):
         yield Target(op, "forward", COPY, 0.90)
         yield Target(op, "backward", COPY, 0.90)
+    yield Target("attention", "forward", CUDNN, 0.70)
+    yield Target("attention", "forward", FLASH, 1.15)
+    yield Target("attention", "backward", CUDNN, 0.50)
+    yield Target("attention", "backward", FLASH, 0.90)
     yield Target("cross_entropy", "both", LIGER, 2.5)
     yield Target("cross_entropy", "both", LIGER_MEGATRON, 2.5)
     yield Target("cross_entropy", "both", COPY, 0.75)

@@ -11,6 +11,7 @@ import torch
 from benchmarks.kernel_cases import (
     LLAMA_8B,
     Case,
+    attention_case,
     bias_gelu_case,
     cross_entropy_case,
     dropout_add_case,
@@ -79,6 +80,36 @@ def _softmax(size: int) -> Case:
     return softmax_case("softmax", replace(LLAMA_8B, tokens=size, heads=max(1, NUMBERS // size**2)), torch.bfloat16)
 
 
+def _attention(size: int) -> Case:
+    shape = replace(LLAMA_8B, tokens=8192, heads=LLAMA_8B.hidden // size, head_dim=size)
+    return attention_case("attention", shape, torch.bfloat16)
+
+
+def _dropped_attention(size: int) -> Case:
+    """Short, because its reference keeps every score."""
+    shape = replace(LLAMA_8B, tokens=2048, heads=LLAMA_8B.hidden // size, head_dim=size)
+    return attention_case("attention", shape, torch.bfloat16, dropout=0.1)
+
+
+def _exact_attention(size: int) -> Case:
+    shape = replace(LLAMA_8B, tokens=2048, heads=LLAMA_8B.hidden // size, head_dim=size)
+    return attention_case("attention", shape, torch.float32)
+
+
+def _attention_keys(kernel: str, direction: str) -> dict[str, Tuned]:
+    """The three keys of one attention kernel."""
+
+    def tuned(case: Callable[[int], Case], last: int, m: tuple[int, ...], n: tuple[int, ...], stages: int) -> Tuned:
+        grid = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": (4, 8), "num_stages": tuple(range(1, stages + 1))}
+        return Tuned(case, direction, last, grid, most=160)
+
+    return {
+        f"attention_{kernel}": tuned(_attention, 256, (32, 64, 128), (32, 64, 128), 3),
+        f"attention_{kernel}_small": tuned(_dropped_attention, 256, (32, 64), (32, 64, 128), 2),
+        f"attention_{kernel}_fp32": tuned(_exact_attention, 128, (16, 32), (16, 32), 2),
+    }
+
+
 def _cross_entropy(size: int) -> Case:
     """Not in place, so that forward and backward can be timed apart."""
     shape = replace(LLAMA_8B, tokens=tokens_for(size), vocab=size)
@@ -140,6 +171,10 @@ TUNED: dict[str, Tuned] = {
     "softmax_backward_wide": Tuned(
         _softmax, "backward", 2 * WIDE, {"BLOCK": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16)}
     ),
+    **_attention_keys("forward", "forward"),
+    **_attention_keys("dkdv", "backward"),
+    **_attention_keys("dq", "backward"),
+    "attention_delta": Tuned(_attention, "backward", 256, {"BLOCK_ROWS": ROWS, "num_warps": WARPS}),
     # PROGRAMS, which splits few rows, stays as it is: many rows are timed here
     "cross_entropy_statistics": Tuned(
         _cross_entropy, "forward", 131072, {"BLOCK": (2048, 4096, 8192, 16384, 32768), "num_warps": (4, 8, 16)}
@@ -164,7 +199,10 @@ def candidates(key: str, size: int, committed: Options, multiprocessors: int) ->
 
 def _numbers_per_thread(key: str, size: int, options: Options) -> float:
     """Of the tile that one program holds."""
-    whole_rows = key in ("norm_forward", "norm_backward", "softmax_forward", "softmax_backward")
+    if "BLOCK_M" in options:  # scores, and the sums that a loop carries
+        m, n = options["BLOCK_M"], options["BLOCK_N"]
+        return (m * n + (2 * n if "dkdv" in key else m) * size) / (32 * options["num_warps"])
+    whole_rows = key in ("norm_forward", "norm_backward", "softmax_forward", "softmax_backward", "attention_delta")
     block = 1 << (size - 1).bit_length() if whole_rows else options.get("BLOCK", options.get("BLOCK_HEADS", 1) * size)
     return options.get("BLOCK_ROWS", 1) * block / (32 * options["num_warps"])
 

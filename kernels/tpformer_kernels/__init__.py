@@ -1,6 +1,8 @@
 """Pure functions on local tensors, the hot path of the layers: no mesh, no process group, no model."""
 
 from tpformer_kernels.accumulate import accumulate_
+from tpformer_kernels.attention import attention, attention_with_lse, explain_attention
+from tpformer_kernels.attention_reference import AttentionOptions
 from tpformer_kernels.backend import BACKENDS, Backend, check_backend, use_triton
 from tpformer_kernels.cross_entropy import ELSEWHERE, IGNORED, cross_entropy_gradient, cross_entropy_statistics
 from tpformer_kernels.dropout import dropout_add
@@ -18,16 +20,20 @@ __all__ = [
     "ELSEWHERE",
     "GATES",
     "IGNORED",
+    "AttentionOptions",
     "Backend",
     "accumulate_",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",
+    "attention",
+    "attention_with_lse",
     "bias_gelu",
     "check_backend",
     "cross_entropy_gradient",
     "cross_entropy_statistics",
     "dropout_add",
+    "explain_attention",
     "fuses_activation",
     "gated_activation",
     "gated_product",

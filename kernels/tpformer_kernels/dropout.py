@@ -55,7 +55,7 @@ def _drop(x: Tensor, residual: Tensor | None, p: float, place: tuple[int, int, i
     if not triton:
         return dropout_add_reference(x, residual, p, place)
     seed, sample, position = place
-    return dropout_add_forward(x, residual, p, _signed(seed, 64), sample, position)
+    return dropout_add_forward(x, residual, p, signed(seed, 64), sample, position)
 
 
 def dropout_add_reference(x: Tensor, residual: Tensor | None, p: float, place: tuple[int, int, int]) -> Tensor:
@@ -64,15 +64,16 @@ def dropout_add_reference(x: Tensor, residual: Tensor | None, p: float, place: t
     samples = sample + torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     positions = position + torch.arange(x.shape[1], device=x.device)
     words = random_columns(seed, (positions, samples, torch.zeros_like(positions)), 0, x.shape[2])
-    y = (x * (1 / (1 - p))).masked_fill(words < _threshold(p), 0.0)
+    y = (x * (1 / (1 - p))).masked_fill(words < threshold(p), 0.0)
     return y if residual is None else (y + residual).to(residual.dtype)
 
 
-def _threshold(p: float) -> int:
+def threshold(p: float) -> int:
+    """The 32-bit word below which a number falls, with probability p."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
-def _signed(n: int, bits: int) -> int:
+def signed(n: int, bits: int) -> int:
     """The signed integer with the same bits."""
     return n - (1 << bits) if n >> (bits - 1) & 1 else n
 
@@ -92,7 +93,7 @@ def dropout_add_forward(x: Tensor, residual: Tensor | None, p: float, seed: int,
     grid = (len(flat), triton.cdiv(columns, block))
     strides = (flat.stride(0), 0 if added is None else added.stride(0))
     # every number within 32 bits, so that each value is launched by the same machine code
-    words = [_signed(n & 0xFFFFFFFF, 32) for n in (seed, seed >> 32, sample, position, _threshold(p))]
+    words = [signed(n & 0xFFFFFFFF, 32) for n in (seed, seed >> 32, sample, position, threshold(p))]
     scale = 1 / (1 - p)
     launch(_dropout_add_kernel, grid, flat, added, y, *strides, x.shape[1], columns, *words, scale, BLOCK=block, **meta)
     return y

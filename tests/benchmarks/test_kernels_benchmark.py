@@ -125,6 +125,11 @@ def test_forward_and_backward_add_up() -> None:
     (case,) = cases("rms_norm", CPU, quick=True)
     assert case.bytes_of("forward") + case.bytes_of("backward") == case.bytes_of("both")
     assert case.bytes_of("forward") == case.forward_bytes
+    (case,) = cases("attention", CPU, quick=True)
+    # 4 heads of 32 queries see half of 32 keys: 2 operations for each of 16 numbers, twice, and five times in backward
+    assert case.flops_of("forward") == 2 * 4 * 32 * 16 * 2 * 16
+    assert case.flops_of("backward") * 2 == 5 * case.flops_of("forward")
+    assert case.flops_of("forward") + case.flops_of("backward") == case.flops_of("both")
 
 
 def test_the_sizes_that_the_targets_name() -> None:
@@ -137,7 +142,8 @@ def test_the_sizes_that_the_targets_name() -> None:
     assert shapes["linear_cross_entropy"] == [(8192, 4096, 128256)] == [(8192, 4096, LINEAR_CE_VOCAB)]
     everything = [case for op in BUILDERS for case in cases(op, gpu, quick=False)]
     assert {case.dtype for case in everything} == {torch.bfloat16}
-    assert len([case for case in everything if not case.size.main]) == 3 * len(BUILDERS)
+    assert shapes["attention"] == [(n, 4096 // d, 8, d) for d in (64, 128) for n in (8192, 16384)]
+    assert len([case for case in everything if not case.size.main]) == 3 * (len(BUILDERS) - 1) + 2
     (linear,) = cases("linear_cross_entropy", gpu, quick=True)
     assert linear.flops == 3 * 2 * 8192 * 4096 * 128256
 

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
 CANARY_BYTES, CANARY = 1 << 15, 0x55
 NAN = 0xFF
 """Bytes that are NaN in every floating dtype, and -1 in every integer one."""
-TINY = {"BLOCK": 16, "BLOCK_ROWS": 2, "BLOCK_HEADS": 2, "PROGRAMS": 2}
+TINY = {"BLOCK": 16, "BLOCK_ROWS": 2, "BLOCK_HEADS": 2, "PROGRAMS": 2, "BLOCK_M": 16, "BLOCK_N": 16}
 
 
 class Buffer(NamedTuple):

@@ -22,7 +22,7 @@ PATHS = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
 """Shared memory that one program can have."""
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for some 80 s of compilation, on a busy machine longer
+pytestmark = pytest.mark.timeout(900)  # the first test waits for minutes of compilation
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,7 @@ ops = {
     "layer_norm": (x, w, w, 1e-5), "add_layer_norm": (x, x, w, w, 1e-5),
     "gated_activation": (x, "silu"), "bias_gelu": (x, w), "dropout_add": (x, x, 0.1, (1, 2, 3)), "softmax": (x,),
     "matmul": (w[:3].diag(), x[0]),
+    "attention": (heads, heads, heads), "attention_with_lse": (heads, heads, heads),
     "apply_rope": (heads, heads, cos, cos), "split_and_rotate": (heads.unsqueeze(2), cos, cos),
     "cross_entropy_statistics": (x[:, 0], targets, 8, True),
     "cross_entropy_gradient": (x[:, 0], targets, 8, lse, (lse, lse, lse)),
@@ -185,6 +186,7 @@ public = {name: getattr(k, name) for name in k.__all__ if inspect.isfunction(get
 backends = {name: inspect.signature(f).parameters.get("backend") for name, f in public.items()}
 chosen = {name for name, parameter in backends.items() if parameter is not None and parameter.default == "auto"}
 chosen.remove("accumulate_")  # returns nothing
+chosen.remove("explain_attention")  # which computes nothing
 assert ops.keys() == chosen, ops.keys() ^ chosen
 for name, arguments in ops.items():
     for mine, theirs in zip(*(public[name](*arguments, backend=b) for b in ("auto", "torch"))):

@@ -59,6 +59,25 @@ def matmul_forward() -> Iterator[tuple[Any, ...]]:
     yield floats(N, D).half(), floats(D, 4).half(), None, floats(4, N).t(), False
 
 
+PLAIN, EVERYTHING = (False, 0.5, None, 0.0, 0.0, 0, 0, 0), (True, 0.5, 4, 2.0, 0.25, -1, 1, 2)
+
+
+def attention_forward() -> Iterator[tuple[Any, ...]]:
+    q, k, mask = floats(2, 4, N, 16), floats(2, 2, 5, 16), torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
+    yield q, k, k, None, None, *PLAIN
+    yield q.half(), k.half(), k.half(), mask, None, *EVERYTHING
+    packing = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
+    yield (*(floats(1, 5, 2, 16).transpose(1, 2) for _ in range(3)), None, packing, *EVERYTHING)
+
+
+def attention_backward() -> Iterator[tuple[Any, ...]]:
+    for q, k, v, mask, packing, *options in attention_forward():
+        o, lse = OPS.attention_forward(q, k, v, mask, packing, *options)
+        for with_lse, *which in ((True, True, True), (False, True, False), (False, False, True)):
+            dlse = torch.randn_like(lse) if with_lse else None
+            yield torch.randn_like(o), dlse, q, k, v, o, lse, mask, packing, *options, *which
+
+
 EXAMPLES: dict[str, Callable[[], Any]] = {
     "accumulate_": lambda: [(floats(D, 5), floats(N, D), floats(N, 5), first) for first in (True, False)],
     "onednn_matmul": lambda: [(torch.randn(N, D), torch.randn(5, D).t(), b) for b in (None, torch.randn(5))],
@@ -68,6 +87,8 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
         for activation in range(5)
     ],
     "matmul_accumulate_": lambda: [(floats(D, 5 + gap)[:, :5], floats(N, D), floats(N, 5), gap == 0) for gap in (0, 3)],
+    "attention_forward": attention_forward,
+    "attention_backward": attention_backward,
     "norm_forward": norm_forward,
     "norm_backward": norm_backward,
     "rope": rope,

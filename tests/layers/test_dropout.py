@@ -11,12 +11,21 @@ from torch import Tensor
 from tests.distributed import Ranks
 from tests.layers.prove import BACKENDS, gradient, meshes, noise, take, whole
 from tpformer import Key, Mesh
-from tpformer.layers.dropout import attention_dropout, check_dropout, residual_dropout
-from tpformer_kernels import Backend
+from tpformer.layers.dropout import check_dropout, residual_dropout
+from tpformer_kernels import AttentionOptions, Backend, attention
 
 B, S, D, H = 3, 8, 5, 8
 P = 0.3
 KEY = Key(9, sample=2)
+
+
+def attention_dropout(shape: tuple[int, ...], p: float, key: Key, first_head: int) -> Tensor:
+    """Dropout of probabilities (b, heads, q, k) that are all 1: attention to k values, each a unit vector."""
+    samples, heads, queries, keys = shape
+    zeros = torch.zeros(samples, heads, max(queries, keys), keys).double()
+    options = AttentionOptions(dropout=p, place=(key.seed, key.sample, first_head))
+    values = keys * torch.eye(keys).double().expand(samples, heads, keys, keys)
+    return attention(zeros[:, :, :queries], zeros[:, :, :keys], values, options)
 
 
 def run_residual(backend: Backend, name: str, with_residual: bool) -> dict[str, npt.NDArray[Any]]:
@@ -58,12 +67,9 @@ def test_residual_mask_is_the_same_at_any_layout_and_backend(
 
 
 def test_attention_mask_of_some_heads_is_a_slice_of_that_of_all() -> None:
-    ones = torch.ones(B, H, S, S + 3)
-    expected = attention_dropout(ones, P, KEY, first_head=0)
+    expected = attention_dropout((B, H, S, S + 3), P, KEY, first_head=0)
     for tp in (2, 4):
-        parts = [
-            attention_dropout(part, P, KEY, first_head=r * H // tp) for r, part in enumerate(ones.chunk(tp, dim=1))
-        ]
+        parts = [attention_dropout((B, H // tp, S, S + 3), P, KEY, first_head=r * H // tp) for r in range(tp)]
         assert torch.equal(torch.cat(parts, dim=1), expected)
         assert not torch.equal(parts[0], parts[1])
 
@@ -74,7 +80,7 @@ def test_replicas_draw_slices_of_the_mask_of_the_whole_batch(kind: str) -> None:
         key = replace(KEY, sample=first)
         if kind == "residual":
             return residual_dropout(torch.ones(samples, S, D), None, P, key, Mesh())
-        return attention_dropout(torch.ones(samples, H, S, S), P, key, 0)
+        return attention_dropout((samples, H, S, S), P, key, 0)
 
     batch = mask(6, 10)
     assert torch.equal(torch.cat([mask(2, 10), mask(3, 12), mask(1, 15)]), batch)
@@ -86,7 +92,7 @@ def test_replicas_draw_slices_of_the_mask_of_the_whole_batch(kind: str) -> None:
 def test_rate_and_scale(p: float) -> None:
     """Within 5 standard deviations, along every dim too; the expected value is kept."""
     x = residual_dropout(torch.ones(16, 32, 64, dtype=torch.float64), None, p, Key(3), Mesh())
-    y = attention_dropout(torch.ones(8, 8, 16, 32, dtype=torch.float64), p, Key(3), 0)
+    y = attention_dropout((8, 8, 16, 32), p, Key(3), 0)
     for drawn in (x, y):
         dropped = (drawn == 0).double()
         assert set(drawn.unique().tolist()) == {0.0, 1 / (1 - p)}
@@ -114,9 +120,7 @@ def test_none_without_a_key_or_a_rate() -> None:
     for p, key in ((P, None), (0.0, KEY)):
         assert residual_dropout(x, None, p, key, Mesh()) is x
         assert torch.equal(residual_dropout(x, residual, p, key, Mesh()), residual + x)
-    probabilities = noise("p", B, H, S, S)
-    assert attention_dropout(probabilities, P, None, 0) is probabilities
-    assert attention_dropout(probabilities, 0.0, KEY, 0) is probabilities
+    assert (attention_dropout((B, H, S, S), 0.0, KEY, 0) == 1).all()
 
 
 def test_dropped_infinities_are_zero_and_dtypes_stay() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import tpformer.layers.attention
 import tpformer.layers.dropout
 from tests.distributed import Ranks
 from tests.proofs.cases import (
@@ -23,8 +24,8 @@ from tests.proofs.cases import (
     mismatches,
 )
 from tpformer import Key, Mesh
-from tpformer.layers.dropout import attention_dropout, residual_dropout
-from tpformer_kernels import dropout_add, random_columns
+from tpformer.layers.dropout import residual_dropout
+from tpformer_kernels import AttentionOptions, attention, dropout_add
 
 MODELS: dict[str, Config] = {
     "gpt-residual": gpt(dropout=0.2),
@@ -76,15 +77,15 @@ def test_no_two_uses_share_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) ->
     """The embedding, and in each layer the attention, what follows it and what follows the MLP: a key for each."""
     seeds = []
 
-    def record_columns(seed: int, *arguments: Any) -> torch.Tensor:
-        seeds.append(seed)
-        return random_columns(seed, *arguments)
+    def record_attention(q: Any, k: Any, v: Any, options: AttentionOptions, **others: Any) -> torch.Tensor:
+        seeds.extend([options.place[0]] * (options.dropout > 0))
+        return attention(q, k, v, options, **others)
 
     def record_add(x: torch.Tensor, residual: Any, p: float, place: tuple[int, int, int], **options: Any) -> Any:
         seeds.append(place[0])
         return dropout_add(x, residual, p, place, **options)
 
-    monkeypatch.setattr(tpformer.layers.dropout, "random_columns", record_columns)
+    monkeypatch.setattr(tpformer.layers.attention, "attention", record_attention)
     monkeypatch.setattr(tpformer.layers.dropout, "dropout_add", record_add)
     model = build_random(MODELS[name], Mesh(), torch.float64)
     model(torch.zeros(1, 4, dtype=torch.int64), key=Key(0))
@@ -111,8 +112,11 @@ def test_the_kept_share_and_scale_are_those_of_the_rate() -> None:
     ones = torch.ones(4, 16, 64, dtype=torch.float64)
     for p in (0.1, 0.5):
         residual = torch.stack([residual_dropout(ones, None, p, Key(seed), Mesh()) for seed in range(20)])
-        attention = torch.stack([attention_dropout(ones.unsqueeze(1), p, Key(seed), 0) for seed in range(20)])
-        for x in (residual, attention):
+        # equal scores, and values that are unit vectors: the output is each query's probabilities, times 64
+        q, k, v = torch.zeros(4, 1, 16, 64), torch.zeros(4, 1, 64, 64), 64 * torch.eye(64).expand(4, 1, 64, 64)
+        options = [AttentionOptions(dropout=p, place=(seed, 0, 0)) for seed in range(20)]
+        attended = torch.stack([attention(q.double(), k.double(), v.double(), option) for option in options])
+        for x in (residual, attended):
             error = (p * (1 - p) / x.numel()) ** 0.5
             assert abs((x == 0).double().mean() - p) < 5 * error
             assert np.allclose(x.unique(), [0, 1 / (1 - p)])

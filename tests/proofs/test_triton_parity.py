@@ -33,8 +33,12 @@ from tpformer_kernels import Backend, gated_activation
 
 MODELS: dict[str, tuple[Config, Key | None]] = {
     "llama": (llama(num_layers=1, num_kv_heads=2), None),
-    "llama-qk-norm-dropout-gelu": (
-        llama(num_layers=1, num_kv_heads=2, qk_norm=True, activation="gelu", tie_embeddings=True, dropout=0.3),
+    "llama-qk-norm-window-dropout-gelu": (
+        replace(
+            llama(num_layers=1, num_kv_heads=2, qk_norm=True, activation="gelu", tie_embeddings=True, dropout=0.3),
+            sliding_window=5,
+            attention_dropout=0.3,
+        ),
         Key(11),
     ),
     "gpt-gelu": (gpt(num_layers=1, activation="gelu"), None),
@@ -88,11 +92,11 @@ class Operators(TorchDispatchMode):
 
 
 EVERY = {"norm_forward", "norm_backward", "cross_entropy_statistics", "cross_entropy_gradient_"}
-EVERY |= {"matmul_forward", "matmul_activated"}
+EVERY |= {"matmul_forward", "matmul_activated", "attention_forward", "attention_backward"}
 OPERATORS = {
     "llama": EVERY | {"rope", "rope_pack", "gated_backward"},
     # with norms between them the projection is not rotated where it lies
-    "llama-qk-norm-dropout-gelu": EVERY | {"rope", "gated_backward", "dropout_add"},
+    "llama-qk-norm-window-dropout-gelu": EVERY | {"rope", "gated_backward", "dropout_add"},
     "gpt-gelu": EVERY | {"bias_gelu_backward"},
     "gpt-gelu-tanh-dropout": EVERY | {"bias_gelu_backward", "dropout_add"},
 }

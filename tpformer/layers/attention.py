@@ -1,18 +1,15 @@
 """Self-attention with its heads split over tp: heads never talk to each other, so nothing is communicated inside."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpformer.layers.dropout import attention_dropout
 from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpformer.layers.norm import RMSNorm
 from tpformer.mesh import Axis, Mesh, divide
 from tpformer.placement import Piece, Placement
 from tpformer.random import Key
-from tpformer_kernels import Backend, apply_rope, softmax, split_and_rotate
+from tpformer_kernels import AttentionOptions, Backend, apply_rope, attention, split_and_rotate
 
 
 @dataclass(frozen=True)
@@ -82,18 +79,11 @@ class SelfAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None) -> Tensor:
         """softmax(q kᵀ / sqrt(head_dim)) v: q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim)."""
         c = self.config
-        windowed = c.sliding_window is not None and c.sliding_window < q.shape[2]
-        mask = _mask(q.shape[2], c, q.device) if windowed else None
-        causal = c.causal and not windowed
-        if key is None or c.dropout == 0:
-            native = q.device.type == "cuda"  # measured: torch's CPU kernel is faster on expanded keys
-            k, v = (k, v) if native else (_expand(k, q), _expand(v, q))
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=native)
-        scores = q @ _expand(k, q).transpose(-1, -2)
-        probabilities = softmax(scores, scale=c.head_dim**-0.5, causal=causal, mask=mask, backend=c.backend)
-        return attention_dropout(
-            probabilities, c.dropout, key, first_head=self.mesh.tp.rank * self.local_heads
-        ) @ _expand(v, q)
+        options = AttentionOptions(causal=c.causal, window=c.sliding_window)
+        if key is not None and c.dropout:
+            place = (key.seed, key.sample, self.mesh.tp.rank * self.local_heads)
+            options = replace(options, dropout=c.dropout, place=place)
+        return attention(q, k, v, options, backend=c.backend)
 
 
 def qkv_rows(config: AttentionConfig, tp: Axis) -> Placement:
@@ -116,17 +106,3 @@ def qkv_rows(config: AttentionConfig, tp: Axis) -> Placement:
     queries = Piece(start + copy * size, size)
     keys_and_values = Piece(start + group * c.head_dim, 2 * c.head_dim, copies, copy)
     return Placement(whole, 0, (queries, keys_and_values), partial=True)
-
-
-def _expand(x: Tensor, q: Tensor) -> Tensor:
-    """Repeat each KV head for its query heads: (b, kv_heads/tp, s, head_dim) -> (b, heads/tp, s, head_dim)."""
-    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-
-def _mask(length: int, config: AttentionConfig, device: torch.device) -> Tensor:
-    """True where query (row) may see key (column): not after it, and within the window; (s, s)."""
-    position = torch.arange(length, device=device)
-    distance = position.unsqueeze(1) - position
-    window = config.sliding_window or length
-    seen = (distance < window) & (distance > -window)
-    return seen & (distance >= 0) if config.causal else seen

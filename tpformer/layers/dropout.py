@@ -1,11 +1,10 @@
 """Dropout whose mask depends on global positions only: the same at any tp, dp and under sequence parallelism."""
 
-import torch
 from torch import Tensor
 
 from tpformer.mesh import Mesh
 from tpformer.random import Key
-from tpformer_kernels import Backend, dropout_add, random_columns
+from tpformer_kernels import Backend, dropout_add
 
 
 def check_dropout(p: float, name: str = "dropout") -> None:
@@ -22,15 +21,3 @@ def residual_dropout(
         return x if residual is None else residual + x
     first = mesh.tp.rank * x.shape[1] if mesh.sequence_parallel else 0
     return dropout_add(x, residual, p, (key.seed, key.sample, first), backend=backend)
-
-
-def attention_dropout(probabilities: Tensor, p: float, key: Key | None, first_head: int) -> Tensor:
-    """Dropout on attention probabilities (b, heads/tp, q, k); first_head is the global number of the first one."""
-    if p == 0 or key is None:
-        return probabilities
-    samples, heads, queries, keys = probabilities.shape
-    device = probabilities.device
-    sample = key.sample + torch.arange(samples, device=device).view(-1, 1, 1)
-    head = first_head + torch.arange(heads, device=device).view(-1, 1)
-    words = random_columns(key.seed, (torch.arange(queries, device=device), sample, head), 0, keys)
-    return (probabilities * (1 / (1 - p))).masked_fill(words < round(p * 2**32), 0.0)
