@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tpformer_kernels.attention_choice import attention_choice, check_width, sdpa
+from tpformer_kernels.attention_choice import attention_choice, sdpa
 from tpformer_kernels.attention_ops import Settings, attention_backward, attention_forward
-from tpformer_kernels.attention_reference import AttentionOptions, attention_reference
+from tpformer_kernels.attention_reference import AttentionOptions, attention_reference, lse_reference
 from tpformer_kernels.backend import Backend
 from tpformer_kernels.dropout import signed
 
@@ -43,7 +43,9 @@ def attention(
         print(f"attention: {choice}, {why}")
     if choice == "sdpa":
         return sdpa(q, k, v, options)
-    return _computed(choice, q, k, v, options, key_mask, cu_seqlens)[0]
+    if choice == "torch":
+        return attention_reference(q, k, v, options, key_mask, cu_seqlens)
+    return _in_triton(q, k, v, options, key_mask, cu_seqlens)[0]
 
 
 def attention_with_lse(
@@ -62,7 +64,10 @@ def attention_with_lse(
     """
     _check(q, k, v, key_mask, cu_seqlens)
     choice, _ = attention_choice(q, k, options, key_mask=key_mask, cu_seqlens=cu_seqlens, lse=True, backend=backend)
-    return _computed(choice, q, k, v, options, key_mask, cu_seqlens)
+    if choice == "torch":
+        lse = lse_reference(q, k, options, key_mask, cu_seqlens)
+        return attention_reference(q, k, v, options, key_mask, cu_seqlens), lse
+    return _in_triton(q, k, v, options, key_mask, cu_seqlens)
 
 
 def explain_attention(
@@ -99,8 +104,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens:
         raise ValueError(f"{shapes}: with cu_seqlens b must be 1 and sq equal sk, and there is no key_mask")
 
 
-def _computed(
-    choice: str,
+def _in_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -108,9 +112,6 @@ def _computed(
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if choice == "torch":
-        return attention_reference(q, k, v, options, key_mask, cu_seqlens)
-    check_width(q)
     seed, sample, head = options.place
     settings = Settings(
         options.causal,

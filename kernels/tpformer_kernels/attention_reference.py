@@ -1,12 +1,15 @@
 """What attention is: its options, which query sees which key, and the definition in plain torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpformer_kernels.philox import random_columns
+from tpformer_kernels.softmax import softmax
 
 
 @dataclass(frozen=True)
@@ -55,49 +58,75 @@ def seen_keys(queries: int, keys: int, options: AttentionOptions, device: torch.
 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, key_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The definition, in fp32 or fp64: (b, heads, sq, d) in q's dtype, and the log of the sums, (b, heads, sq)."""
+) -> Tensor:
+    """The definition, in fp32 or fp64: (b, heads, sq, d) in q's dtype."""
     if cu_seqlens is not None:
-        return _packed(q, k, v, options, cu_seqlens)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    group, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    k, v = (x.to(wide) if group == 1 else x.to(wide).repeat_interleave(group, dim=1) for x in (k, v))
-    scores = q.to(wide) @ k.transpose(2, 3) * options.scale_for(q.shape[3])
-    if options.softcap:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    seen = seen_keys(queries, keys, options, q.device)
-    if key_mask is not None:
-        seen = seen & key_mask[:, None, None]
-    blind = ~seen.any(-1, keepdim=True)  # sees no key: its scores become 0, so that nothing is NaN
-    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(blind, 0.0)
-    probabilities = scores.softmax(-1).masked_fill(blind, 0.0)
-    lse = scores.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
+        parts = _sequences((q, k, v), options, cu_seqlens)
+        return torch.cat([attention_reference(q, k, v, own, None, None) for (q, k, v), own in parts], dim=2)
+    mask = _seen(q, k, replace(options, causal=False), key_mask)
+    probabilities = softmax(_scores(q, k, options), causal=options.causal, mask=mask, backend="torch")
     if options.dropout:
-        kept = kept_probabilities((*q.shape[:3], keys), options, q.device)
+        kept = _kept(probabilities, options)
         probabilities = (probabilities * (1 / (1 - options.dropout))).masked_fill(~kept, 0.0)
-    return (probabilities @ v).to(q.dtype), lse
+    return (probabilities @ _expanded(v, q)).to(q.dtype)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequence by sequence, each a sample of its own."""
+def lse_reference(
+    q: Tensor, k: Tensor, options: AttentionOptions, key_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The log of the sum of each query's exponentials, (b, heads, sq), in fp32 or fp64; -inf where it sees no key."""
+    if cu_seqlens is not None:
+        parts = _sequences((q, k), options, cu_seqlens)
+        return torch.cat([lse_reference(q, k, own, None, None) for (q, k), own in parts], dim=2)
+    scores, seen = _scores(q, k, options), _seen(q, k, options, key_mask)
+    if seen is None:
+        return scores.logsumexp(-1)
+    blind = ~seen.any(-1)  # its scores become 0, so that no gradient is NaN
+    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(blind.unsqueeze(-1), 0.0)
+    return scores.logsumexp(-1).masked_fill(blind, -torch.inf)
+
+
+def _scores(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
+    """(b, heads, sq, sk), before any mask."""
+    scores = q.to(torch.promote_types(q.dtype, torch.float32)) @ _expanded(k, q).transpose(2, 3)
+    scores = scores * options.scale_for(q.shape[3])
+    return options.softcap * torch.tanh(scores / options.softcap) if options.softcap else scores
+
+
+def _seen(q: Tensor, k: Tensor, options: AttentionOptions, key_mask: Tensor | None) -> Tensor | None:
+    """Which key each query sees, to be broadcast to the scores; None: all see all."""
+    seen = None
+    if options.causal or options.window is not None:
+        seen = seen_keys(q.shape[2], k.shape[2], options, q.device)
+    if key_mask is not None:
+        keys = key_mask[:, None, None]
+        seen = keys if seen is None else seen & keys
+    return seen
+
+
+def _expanded(x: Tensor, q: Tensor) -> Tensor:
+    """KV heads repeated for the query heads of their groups, in fp32 or fp64."""
+    x, group = x.to(torch.promote_types(x.dtype, torch.float32)), q.shape[1] // x.shape[1]
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
+def _sequences(
+    tensors: tuple[Tensor, ...], options: AttentionOptions, cu_seqlens: Tensor
+) -> Iterator[tuple[Any, AttentionOptions]]:
+    """Each packed sequence of each tensor, and its options: it is a sample of its own."""
     seed, sample, head = options.place
-    ends = cu_seqlens.tolist()
-    parts = []
-    for i, (start, end) in enumerate(pairwise(ends)):
-        own = replace(options, place=(seed, sample + i, head))
-        at = slice(start, end)
-        parts.append(attention_reference(q[:, :, at], k[:, :, at], v[:, :, at], own, None, None))
-    outputs, lses = zip(*parts, strict=True)
-    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+    for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        yield tuple(x[:, :, start:end] for x in tensors), replace(options, place=(seed, sample + i, head))
 
 
-def kept_probabilities(shape: tuple[int, ...], options: AttentionOptions, device: torch.device) -> Tensor:
-    """What dropout keeps of probabilities (b, heads, sq, sk): where word c % 4 of a Philox call is not too small.
+def _kept(probabilities: Tensor, options: AttentionOptions) -> Tensor:
+    """What dropout keeps of (b, heads, sq, sk): where word c % 4 of a Philox call is not too small.
 
     Its counter for query r and key c is (c // 4, r, sample, head), by global numbers.
     """
-    samples, heads, queries, keys = shape
+    samples, heads, queries, keys = probabilities.shape
     seed, first_sample, first_head = options.place
+    device = probabilities.device
     sample = first_sample + torch.arange(samples, device=device).view(-1, 1, 1)
     head = first_head + torch.arange(heads, device=device).view(-1, 1)
     words = random_columns(seed, (torch.arange(queries, device=device), sample, head), 0, keys)
