@@ -59,6 +59,7 @@ gpu:
 
 tune:
 	$(CUDA_PYTHON) -m benchmarks.tune $(ARGS)
+	$(CUDA_PYTHON) -m benchmarks.tune_attention $(filter --write,$(ARGS))
 	$(CUDA_PYTHON) -m benchmarks.tune_matmul $(filter --write,$(ARGS))
 
 wheel: $(VENV)/installed

@@ -48,9 +48,9 @@ def _targets() -> Iterator[Target]:
     for op in ("split_and_rotate", "gated_activation", "bias_gelu"):
         yield Target(op, "forward", COPY, 0.90)
         yield Target(op, "backward", COPY, 0.90)
-    yield Target("attention", "forward", CUDNN, 0.70)
-    yield Target("attention", "forward", FLASH, 1.15)
-    yield Target("attention", "backward", CUDNN, 0.50)
+    yield Target("softmax", "forward", COPY, 0.90)
+    yield Target("attention", "forward", CUDNN, 0.75)
+    yield Target("attention", "forward", FLASH, 1.20)
     yield Target("attention", "backward", FLASH, 0.90)
     yield Target("cross_entropy", "both", LIGER, 2.5)
     yield Target("cross_entropy", "both", LIGER_MEGATRON, 2.5)

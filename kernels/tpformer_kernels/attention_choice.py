@@ -1,6 +1,10 @@
 """Which implementation of attention runs: torch's own, ours in Triton, or the definition in plain torch."""
 
-from typing import Literal
+import json
+import re
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +12,7 @@ from torch import Tensor
 
 from tpformer_kernels.attention_reference import AttentionOptions, seen_keys
 from tpformer_kernels.backend import Backend, use_triton
-from tpformer_kernels.tables import architecture_of, table
+from tpformer_kernels.tables import architecture_of
 
 Choice = Literal["sdpa", "triton", "torch"]
 WIDEST = 256
@@ -38,7 +42,7 @@ def attention_choice(
     obstacle = _obstacle(q, k, options, key_mask, cu_seqlens, lse)
     if obstacle is not None:
         return "triton" if ours else "torch", f"because torch's scaled_dot_product_attention has no {obstacle}"
-    if ours and measured_choice(q.device, q.shape[3], q.shape[2]) == "triton":
+    if ours and measured_faster(q, k):
         return "triton", "measured to be the faster one"
     return "sdpa", "torch's scaled_dot_product_attention, which has all that is asked for"
 
@@ -70,19 +74,39 @@ def _windowed(q: Tensor, k: Tensor, options: AttentionOptions) -> bool:
     return options.window is not None and options.window < max(q.shape[2], k.shape[2])
 
 
-def measured_choice(device: torch.device, head_dim: int, queries: int) -> str:
-    """The winner of a causal forward and backward, from the device's table; "sdpa" if nothing is measured."""
-    for width, up_to, winner in _winners(device):
-        if width == head_dim and (up_to is None or queries <= up_to):
-            return winner
-    return "sdpa"
+class Heads(NamedTuple):
+    """A row of the table of measurements: a rank's heads, and the longest of the sequences it is for."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    up_to: int
+
+    def __str__(self) -> str:
+        return f"{self.head_dim} {self.heads}/{self.kv_heads} {self.up_to}"
+
+
+def measured_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether ours was faster in a causal forward and backward of such heads, of the next power of two as length."""
+    _, heads, queries, head_dim = q.shape
+    for row in faster_rows(q.device):
+        if (head_dim, heads, k.shape[1]) == row[:3] and row[3] // 2 < queries <= row[3]:
+            return True
+    return False
 
 
 @torch.compiler.assume_constant_result  # it cannot be traced: it reads a file
-def _winners(device: torch.device) -> tuple[tuple[int, int | None, str], ...]:
-    """Rows of head_dim, the largest length (None: any) and who won, by ascending length."""
-    rows = table(architecture_of(device))["choices"]["attention"]
-    return tuple((row["head_dim"], row["up_to"], row["winner"]) for row in rows)
+def faster_rows(device: torch.device) -> tuple[tuple[int, ...], ...]:
+    """The rows (see Heads) in which ours won; none as long as nothing is measured."""
+    speedups = measurements(architecture_of(device))["speedups"]
+    return tuple(tuple(map(int, re.findall(r"\d+", name))) for name, speedup in speedups.items() if (speedup or 0) > 1)
+
+
+@cache
+def measurements(architecture: int) -> dict[str, Any]:
+    """The file of one architecture: how many times as fast as torch's ours is, by str(Heads); None: not measured."""
+    name = f"tables/attention_sm_{architecture}.json"
+    return json.loads(files("tpformer_kernels").joinpath(name).read_text(encoding="utf-8"))
 
 
 def check_width(q: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import tune_attention
 from tests.kernels.attention_cases import CAUSAL, EVERYTHING, PLAIN, Shape, ours
 from tests.kernels.support import DEVICE, evaluate
 from tpformer_kernels import (
@@ -83,28 +84,36 @@ def test_triton_is_what_was_asked_for() -> None:
 
 
 def test_the_faster_one_is_looked_up() -> None:
-    """By head_dim and length; nothing measured is torch's own."""
-    rows = [
-        {"head_dim": 64, "up_to": 4096, "winner": "triton"},
-        {"head_dim": 64, "up_to": None, "winner": "sdpa"},
-        {"head_dim": 128, "up_to": None, "winner": "triton"},
-    ]
-    find = attention_choice.measured_choice
-    with patch.object(attention_choice, "table", lambda architecture: {"choices": {"attention": rows}}):
-        found = [find(torch.device("cpu"), d, n) for d, n in ((64, 4096), (64, 4097), (128, 1 << 20), (80, 1))]
-        assert found == ["triton", "sdpa", "triton", "sdpa"]
-        q, k, _ = Shape(sq=5, sk=5, d=64).inputs()
-        with patch.object(attention_choice, "use_triton", lambda backend, x: True):
-            assert explain_attention(q, k, CAUSAL) == "attention: triton, measured to be the faster one"
+    """By heads and length; what was measured to be slower, or not at all, is torch's own."""
+    speedups = {"64 4/2 8": 1.3, "64 4/2 16": 0.7, "64 4/4 8": 1.0, "32 4/2 8": None}
+    with (
+        patch.object(attention_choice, "measurements", lambda architecture: {"speedups": speedups}),
+        patch.object(attention_choice, "use_triton", lambda backend, x: True),
+    ):
+        for length, kv_heads, d, ours in (
+            (8, 2, 64, True),
+            (5, 2, 64, True),
+            (4, 2, 64, False),
+            (9, 2, 64, False),
+            (8, 4, 64, False),
+            (8, 2, 32, False),
+            (8, 2, 48, False),
+        ):
+            q, k = torch.zeros(1, 4, length, d), torch.zeros(1, kv_heads, length, d)
+            found = explain_attention(q, k, CAUSAL)
+            assert found.startswith("attention: triton, measured to be the faster one" if ours else "attention: sdpa")
 
 
 @pytest.mark.parametrize("architecture", tables.ARCHITECTURES)
-def test_the_table_of_winners_is_well_formed(architecture: int) -> None:
-    rows = tables.table(architecture)["choices"]["attention"]
-    assert all(row.keys() == {"head_dim", "up_to", "winner"} and row["winner"] in ("sdpa", "triton") for row in rows)
-    for d in {row["head_dim"] for row in rows}:
-        limits = [row["up_to"] or 1 << 62 for row in rows if row["head_dim"] == d]
-        assert limits == sorted(set(limits))
+def test_every_shape_of_the_known_models_has_a_row(architecture: int) -> None:
+    """As `benchmarks.tune_attention --derive` writes them; measured or not."""
+    table = attention_choice.measurements(architecture)
+    assert table["architecture"] == architecture
+    assert list(table["speedups"]) == [str(shape) for shape in tune_attention.shapes()]
+    assert table["measured"] is not None or set(table["speedups"].values()) == {None}
+    for model, heads in {"8b": (32, 8), "70b": (64, 8)}.items():
+        for tp in (1, 2, 4, 8):
+            assert f"128 {heads[0] // tp}/{heads[1] // tp} 8192" in table["speedups"], (model, tp)
 
 
 Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 5, 8)
