@@ -63,7 +63,7 @@ class ColumnParallelLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(local))
             self.placements["bias"] = Placement(rows.shape[:1], 0, rows.pieces, rows.partial)
         draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
-        if mesh.sequence_parallel:
+        if mesh.sequence_parallel and mesh.tp.group is not None:
             overlap_mode(mesh)  # ask the ranks once, before a step
 
     def forward(self, x: Tensor, *, apart: bool = False, add_bias: bool = True, activation: str | None = None) -> Any:
@@ -119,7 +119,7 @@ class RowParallelLinear(nn.Module):
             # after a reduce-scatter each rank adds the bias to its own tokens only
             self.placements["bias"] = replicated((out_features,), mesh.tp, partial=mesh.sequence_parallel)
         draw_uniform(self, self.placements, 1 / math.sqrt(in_features))
-        if mesh.sequence_parallel:
+        if mesh.sequence_parallel and mesh.tp.group is not None:
             overlap_mode(mesh)  # ask the ranks once, before a step
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
