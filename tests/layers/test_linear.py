@@ -242,3 +242,14 @@ def test_the_row_bias_is_added_once(ranks: Ranks) -> None:
     """Negative control: added before the sum it would be counted by every rank."""
     for excess in ranks(run_biased_on_every_rank, 4):
         assert max(excess) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+def test_a_batch_may_be_empty(kind: type[ColumnParallelLinear] | type[RowParallelLinear], backend: Any) -> None:
+    layer, x = kind(D, F, backend=backend), torch.empty(0, 3, D, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, F)
+    assert gradient(x).shape == x.shape
+    assert not any(gradient(p).any() for p in layer.parameters())
