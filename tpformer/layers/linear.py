@@ -201,6 +201,7 @@ class _ColumnLinear(torch.autograd.Function):
         if product.activation is None:
             outputs = [matmul(flat, w, b, backend=backend) for w, b in zip(parts, biases, strict=True)]
             return tuple(y.view(*whole.shape[:-1], y.shape[1]) for y in outputs)
+        ctx.set_materialize_grads(False)  # autograd would fill one with zeros for the activation
         pair = matmul_activation(flat, parts[0], bias, product.activation, gated=product.gated)
         y, activated = (y.view(*whole.shape[:-1], y.shape[1]) for y in pair)
         ctx.mark_non_differentiable(activated)
@@ -212,6 +213,8 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
         grads = grads[: product.interleave]  # the activation has none
+        if product.activation is not None and grads[0] is None:
+            return None, None, None, None
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         whole_x = start_enter(x, product.mesh) if needs_weight else None
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]  # (b·s, f/interleave/tp)
