@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_table(TABLES / f"matmul_sm_{architecture}.json", derived(architecture))
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    architecture = matmul_choice.architecture_of(device)
+    architecture = tables.architecture_of(device)
     where = environment("benchmarks.tune_matmul", device)
     measured = {name: where[name] for name in ("device", "torch", "triton", "command", "date")}
     table, path = matmul_choice.table(architecture), TABLES / f"matmul_sm_{architecture}.json"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import Ranks
-from tpformer import Mesh, symmetric_memory, trace_communication
+from tpformer import Llama, LlamaConfig, Mesh, symmetric_memory, trace_communication
 from tpformer.mesh import Overlap
 from tpformer.overlap import overlap_mode
 from tpformer.symmetric_memory import Place, unreachable
@@ -133,6 +133,21 @@ def test_symmetric_memory_without_gpus_is_refused_by_every_rank(ranks: Ranks) ->
     for message, asked in ranks(refuse_on_a_cpu, 4):
         assert message.startswith("ValueError: overlap ('symm_mem') is not available: rank 0 computes on a CPU; use")
         assert asked == ["all_gather", "all_gather"]
+
+
+def build_a_model() -> str:
+    mesh = Mesh.create(tp=2, sequence_parallel=True, overlap="symm_mem")
+    config = LlamaConfig(vocab_size=128, hidden_size=16, ffn_hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2)
+    try:
+        Llama(config, mesh)
+    except ValueError as error:
+        return str(error)
+    return "built"
+
+
+def test_the_question_is_put_while_a_model_is_built_on_the_meta_device(ranks: Ranks) -> None:
+    for answer in ranks(build_a_model, 2):
+        assert answer.startswith("overlap ('symm_mem') is not available: rank 0 computes on a CPU")
 
 
 def complain(hardware: dict[int, str], trial: dict[int, str]) -> tuple[str, int]:

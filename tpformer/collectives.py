@@ -203,7 +203,7 @@ def raise_together(error: BaseException | None, axis: Axis) -> None:
 
 def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
     """Every rank's text in rank order, each of at most 4096 bytes; collective."""
-    mine = torch.zeros(4096, dtype=torch.uint8)
+    mine = torch.zeros(4096, dtype=torch.uint8, device="cpu")  # also where a model is built on the meta device
     encoded = text.encode()[: len(mine)]
     mine[: len(encoded)] = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8)[: len(encoded)]
     mine = mine.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")

@@ -44,7 +44,7 @@ def choose(
     kind: layout and epilogue, as in "nt gated"; the epilogue is plain, bias, residual, gelu, gated or accumulate.
     fit: whether descriptors can read both matrices.
     """
-    architecture = architecture_of(device)
+    architecture = tables.architecture_of(device)
     read = table(architecture)
     numbers = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
     best = best_loads(architecture, numbers)
@@ -81,17 +81,9 @@ def explain(kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch
         return (
             f"{choice.backend}: in tile {choice.tile} the kernel was measured {choice.speedup:.3f} x as fast as torch"
         )
-    known = dtype != torch.float32 and key_of(kind, m, n, k) in table(architecture_of(device))["shapes"]
+    known = dtype != torch.float32 and key_of(kind, m, n, k) in table(tables.architecture_of(device))["shapes"]
     why = "its row was not measured yet" if known else "the table has no row for it"
     return f"torch: {why} (the kernel would run in tile {choice.tile})"
-
-
-def architecture_of(device: torch.device) -> int:
-    """The table that serves a device; sm_120 has neither the tensor cores nor the shared memory of sm_100."""
-    architecture = tables.architecture_of(device)
-    if architecture == 100 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 12:
-        return 80
-    return architecture
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-"""Compute capabilities with a table of their own; any other device uses the next lower one's."""
+"""Compute capabilities with a table of their own; other devices use the next lower one's, but see architecture_of."""
 
 
 @cache
@@ -23,10 +23,15 @@ def table(architecture: int) -> dict[str, Any]:
 
 @cache
 def architecture_of(device: torch.device) -> int:
-    """The table that serves a device; CPU tensors (Triton's interpreter) take the first."""
+    """The table that serves a device; CPU tensors (Triton's interpreter) take the first.
+
+    So does sm_120, which has neither the tensor cores nor the shared memory of sm_100.
+    """
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
+    if major >= 12:
+        return ARCHITECTURES[0]
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
 
 

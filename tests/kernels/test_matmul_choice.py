@@ -71,7 +71,7 @@ def test_the_table_of_a_device(capability: tuple[int, int], architecture: int, m
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     tables.architecture_of.cache_clear()
     try:
-        assert matmul_choice.architecture_of(torch.device("cuda", 0)) == architecture
+        assert tables.architecture_of(torch.device("cuda", 0)) == architecture
     finally:
         tables.architecture_of.cache_clear()
 

@@ -13,7 +13,7 @@ from tests.kernels.compile_matmul import ACTIVATIONS, DTYPES, EVERY_TILE, matrix
 from tests.kernels.matmul_cases import ACTIVATIONS as BY_TORCH
 from tests.kernels.matmul_cases import OPS
 from tests.kernels.support import assert_as_good_as_torch
-from tpformer_kernels import matmul_choice, matmul_ops
+from tpformer_kernels import matmul_choice, matmul_ops, tables
 
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 REPEATS = 50
 SIZE = (1032, 1064, 520)
 """Several tiles of every kind, the last ones not full; 16 bytes divide each length."""
-TABLE = matmul_choice.table(matmul_choice.architecture_of(torch.device("cuda")) if CUDA else 90)
+TABLE = matmul_choice.table(tables.architecture_of(torch.device("cuda")) if CUDA else 90)
 TILES = {
     f"{family} {tile}": (family, tile, options)
     for family, tiles in TABLE["tiles"].items()
@@ -36,9 +36,7 @@ def filled(rows: int, columns: int, dtype: torch.dtype, turned: bool, padding: i
 def operands(family: str, layout: str) -> tuple[Tensor, Tensor]:
     """a and b that are read in the family's way: rows that are not 16 bytes apart by pointers only."""
     numbers, loads = family.split()
-    padding = (
-        0 if loads == matmul_choice.best_loads(matmul_choice.architecture_of(torch.device("cuda")), numbers) else 1
-    )
+    padding = 0 if loads == matmul_choice.best_loads(tables.architecture_of(torch.device("cuda")), numbers) else 1
     (m, n, k), dtype = SIZE, DTYPES[numbers]
     a = filled(m, k, dtype, layout[0] == "t", padding)
     return a, filled(k, n, dtype, layout[1] == "t", padding).mul_(k**-0.5)

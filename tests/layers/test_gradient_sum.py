@@ -1,8 +1,13 @@
 """The sum of a weight's gradients: what it holds, and what it refuses."""
 
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpformer import ColumnParallelLinear
 from tpformer.layers.gradient_sum import GradientSum, gradient_sum, set_gradient_sum, write_products
@@ -75,3 +80,16 @@ def test_a_layer_leaves_its_weight_s_gradient_there_and_nowhere_else() -> None:
     assert gradient_sum(layer.weight) is None
     layer(x).sum().backward()
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_layer_has_gradients_of_its_own(copy: Callable[[nn.Module], Any]) -> None:
+    layer = ColumnParallelLinear(4, 6).double()
+    set_gradient_sum(layer.weight, started())
+    copied = copy(layer)
+    copied(noise(2, 5, 4)).sum().backward()
+    assert gradient_sum(copied.weight) is None
+    assert copied.weight.grad is not None
+    total = gradient_sum(layer.weight)
+    assert total is not None
+    assert total.empty

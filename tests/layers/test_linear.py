@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import Ranks
 from tests.layers.prove import Results, evaluate, fill, gradient, meshes, noise, on_layouts, prove, take
@@ -242,3 +243,36 @@ def test_the_row_bias_is_added_once(ranks: Ranks) -> None:
     """Negative control: added before the sum it would be counted by every rank."""
     for excess in ranks(run_biased_on_every_rank, 4):
         assert max(excess) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+def test_a_batch_may_be_empty(kind: type[ColumnParallelLinear] | type[RowParallelLinear], backend: Any) -> None:
+    layer, x = kind(D, F, backend=backend), torch.empty(0, 3, D, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, F)
+    assert gradient(x).shape == x.shape
+    assert not any(gradient(p).any() for p in layer.parameters())
+
+
+class Zeros(TorchDispatchMode):
+    """Notes the shapes of tensors that are filled with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.zeros.default:
+            self.shapes.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_backward_makes_no_zeros_for_an_activation_that_has_no_gradient() -> None:
+    x = torch.randn(2, 3, D, requires_grad=True)
+    y, _ = ColumnParallelLinear(D, F, backend="triton")(x, activation="gelu")
+    with Zeros() as zeros:
+        torch.zeros(1)
+        y.sum().backward()
+    assert zeros.shapes == [[1]]

@@ -180,9 +180,12 @@ def test_hooks_and_replacements_of_the_projection_count(kind: str, backend: Back
     make = (lambda: MLP(D, FFN, backend=backend)) if kind == "gelu" else (lambda: GatedMLP(D, FFN, backend=backend))
     mlp, x, calls = make(), noise("x", B, S, D).float(), []
     name = "up" if kind == "gelu" else "gate_up"
-    getattr(mlp, name).register_forward_hook(lambda *arguments: calls.append(1))
     plain = mlp(x)
+    hook = getattr(mlp, name).register_forward_hook(lambda layer, inputs, output: calls.append(output))
+    torch.testing.assert_close(mlp(x), plain, rtol=1e-5, atol=1e-5)
+    hook.remove()
     assert len(calls) == 1
+    torch.testing.assert_close(calls[0], getattr(mlp, name)(x))  # one tensor, with the bias
     replacement = Tripled(D, FFN if kind == "gelu" else 2 * FFN, kind == "gelu", interleave=1 if kind == "gelu" else 2)
     replacement.load_state_dict(getattr(mlp, name).state_dict())
     setattr(mlp, name, replacement)

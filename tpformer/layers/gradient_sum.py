@@ -18,6 +18,10 @@ class GradientSum:
         self.empty, self.closed = True, False
         """Holds nothing of this step yet; takes nothing more in this step."""
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None, in a copy of a model: nobody would read what its layers add there."""
+        return type(None), ()
+
     def restart(self) -> None:
         """The step is over: the next gradient replaces what is here."""
         self.empty, self.closed = True, False

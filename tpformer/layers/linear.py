@@ -200,9 +200,10 @@ class _ColumnLinear(torch.autograd.Function):
         flat = whole.reshape(-1, whole.shape[-1])
         if product.activation is None:
             outputs = [matmul(flat, w, b, backend=backend) for w, b in zip(parts, biases, strict=True)]
-            return tuple(y.view(*whole.shape[:-1], -1) for y in outputs)
+            return tuple(y.view(*whole.shape[:-1], y.shape[1]) for y in outputs)
+        ctx.set_materialize_grads(False)  # autograd would fill one with zeros for the activation
         pair = matmul_activation(flat, parts[0], bias, product.activation, gated=product.gated)
-        y, activated = (y.view(*whole.shape[:-1], -1) for y in pair)
+        y, activated = (y.view(*whole.shape[:-1], y.shape[1]) for y in pair)
         ctx.mark_non_differentiable(activated)
         return y, activated
 
@@ -212,6 +213,8 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
         grads = grads[: product.interleave]  # the activation has none
+        if product.activation is not None and grads[0] is None:
+            return None, None, None, None
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         whole_x = start_enter(x, product.mesh) if needs_weight else None
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]  # (b·s, f/interleave/tp)
@@ -224,7 +227,7 @@ class _ColumnLinear(torch.autograd.Function):
             partial = matmul(dys[0], parts[0], backend=product.backend)
             for dy, w in zip(dys[1:], parts[1:], strict=True):
                 partial = matmul(dy, w, residual=partial, backend=product.backend)
-            dx = start_enter_gradient(partial.view(*grads[0].shape[:-1], -1), product.mesh)
+            dx = start_enter_gradient(partial.view(*grads[0].shape[:-1], weight.shape[1]), product.mesh)
         if whole_x is not None:
             dweight = product.weight_gradient(weight, dys, whole_x.wait().reshape(-1, weight.shape[1]))
         if needs_bias:
@@ -246,7 +249,7 @@ class _RowLinear(torch.autograd.Function):
             return y.view(*x.shape[:-2], *y.shape[1:])
         added = None if residual is None else residual.reshape(-1, residual.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
-        y = matmul(flat, weight.t(), bias, added, backend=product.backend).view(*x.shape[:-1], -1)
+        y = matmul(flat, weight.t(), bias, added, backend=product.backend).view(*x.shape[:-1], len(weight))
         if mesh.tp.size == 1:
             return y
         return start_scatter_sequence(y, mesh.tp).wait() if mesh.sequence_parallel else all_reduce_(y, mesh.tp)

@@ -38,7 +38,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; plus a residual of that shape."""
         # the bias costs no pass of its own, nor does its sum; whoever replaced `up` is asked for all of it
-        if self.activation != "relu" and use_triton(self.backend, x) and type(self.up) is ColumnParallelLinear:
+        if self.activation != "relu" and use_triton(self.backend, x) and is_plain(self.up, ColumnParallelLinear):
             if self.up.fuses(x):
                 hidden, result = self.up(x, activation=self.activation)  # each (b, s, f/tp)
                 hidden = bias_gelu(hidden, None, self.activation, computed=result, backend="triton")
@@ -82,10 +82,11 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; plus a residual of that shape."""
         strided = x.device.type == "cpu" and not use_triton(self.backend, x) and not torch.compiler.is_compiling()
-        if strided and type(self.gate_up) is ColumnParallelLinear:
+        plain = is_plain(self.gate_up, ColumnParallelLinear)
+        if strided and plain:
             gate, up = self.gate_up(x, apart=True)  # each (b, s, f/tp): torch's CPU ops are slow on every other number
             return project(self.down, gated_product(gate, up, self.activation), residual)
-        if type(self.gate_up) is ColumnParallelLinear and self.gate_up.fuses(x):
+        if plain and self.gate_up.fuses(x):
             gate_up, result = self.gate_up(x, activation=self.activation)  # (b, s, 2 f/tp) and (b, s, f/tp)
             hidden = gated_activation(gate_up, self.activation, computed=result, backend="triton")
             return project(self.down, hidden, residual)
@@ -97,6 +98,11 @@ def project(down: nn.Module, hidden: Tensor, residual: Tensor | None) -> Tensor:
     """down(hidden) + residual; whoever replaced `down`, or looks at its output, is asked for the projection only."""
     if residual is None:
         return down(hidden)
-    if type(down) is RowParallelLinear and not down._forward_hooks:
+    if is_plain(down, RowParallelLinear):
         return down(hidden, residual)
     return down(hidden) + residual
+
+
+def is_plain(projection: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether nobody replaced a projection, or looks at its output, so that it may return more or less than that."""
+    return type(projection) is kind and not projection._forward_hooks
