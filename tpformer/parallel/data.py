@@ -31,7 +31,8 @@ class GradientBuckets:
     Nothing is communicated by the earlier micro-batches. Source: arXiv 2006.15704.
 
     Use: for each micro-batch, `start(last=...)`, then `loss.backward()`; at the end `finish()`.
-    Scale the loss by 1 / (micro-batches x dp), since sums are taken.
+    Scale the loss by 1 / (micro-batches x dp), since sums are taken. Until `close()`, torch.autograd.grad finds no
+    gradient of linear layers' weights: it too is added to the sum.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, bucket_bytes: int = 25 << 20):
