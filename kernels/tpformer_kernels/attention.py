@@ -32,8 +32,8 @@ def attention(
 
     q (b, heads, sq, d), k and v (b, kv_heads, sk, d), where heads are a multiple of kv_heads and not expanded.
     key_mask (b, sk): True for keys that may be seen. cu_seqlens (n + 1,), int32: where each of n packed sequences
-    begins, and the last ends: b is 1, no sequence sees another, and positions count within one; for dropout, each is
-    a sample of its own. Its numbers are not checked: they lie on the device.
+    begins, and the last ends, from 0 to sq: b is 1, no sequence sees another, and positions count within one; for
+    dropout, each is a sample of its own. Its numbers are not checked: they lie on the device.
     backend: "torch" is torch's own attention where it has the options, and else the definition in plain torch.
     explain prints which implementation runs, and why. Raises ValueError for what does not fit.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 from tpformer_kernels.jit import INTERPRETED, triton
 
 Backend = Literal["auto", "triton", "torch"]
-"""auto: Triton for fp32, bf16 and fp16 on CUDA, torch for everything else."""
+"""auto: Triton for fp32, bf16 and fp16 on CUDA, torch for everything else; matmul and attention choose more finely."""
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -51,7 +51,14 @@ def matmul_activation(
     """a b + bias and the activation of that, both from one kernel: (m, k), (k, n), (n) -> (m, n), (m, n) or (m, n/2).
 
     activation: "gelu" or "gelu_tanh"; gated: one of GATES, of pairs of columns that lie side by side, (gate, up).
+    Raises ValueError for another, for shapes that do not fit, and for pairs of an odd number of columns.
     """
+    _check_shapes(a, b, bias=bias)
+    names = GATES if gated else GELUS
+    if activation not in names:
+        raise ValueError(f"activation ({activation!r}) must be one of {', '.join(names)}")
+    if gated and b.shape[1] % 2:
+        raise ValueError(f"b {tuple(b.shape)} must have an even number of columns: a gate and an up each")
     number = GATES.index(activation) if gated else len(GATES) + GELUS.index(activation)
     y, pre = matmul_activated(a, b, bias, number, False)
     return pre, y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import DEVICE, close
-from tpformer_kernels import accumulate_, matmul, onednn
+from tpformer_kernels import accumulate_, matmul, matmul_activation, onednn
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 """bf16 rounds the product and, once more, the sum with the residual."""
@@ -102,6 +102,23 @@ def test_a_wrong_matmul_is_seen(name: str) -> None:
 
 def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, device=DEVICE)
+
+
+A, B = torch.zeros(5, 4), torch.zeros(4, 7)
+ACTIVATED: dict[str, tuple[Callable[[], object], str]] = {
+    "k": (lambda: matmul_activation(A, B[:3], None, "gelu"), r"a \(5, 4\) must be \(m, k\) and b \(3, 7\)"),
+    "bias": (lambda: matmul_activation(A, B, torch.zeros(6), "gelu"), r"bias \(6,\) must be \(7,\)"),
+    "pairs": (lambda: matmul_activation(A, B, None, "silu", gated=True), r"b \(4, 7\) must have an even number"),
+    "gelu": (lambda: matmul_activation(A, B, None, "silu"), r"activation \('silu'\) must be one of gelu, gelu_tanh"),
+    "gate": (lambda: matmul_activation(A, B, None, "relu", gated=True), r"activation \('relu'\) must be one of silu"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_what_an_activation_cannot_follow_is_named(name: str) -> None:
+    call, message = ACTIVATED[name]
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize(

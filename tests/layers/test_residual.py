@@ -80,6 +80,18 @@ def test_a_wider_residual_is_not_rounded(ranks: Ranks) -> None:
     assert ranks(run_wide, 2) == [[True, True]] * 2
 
 
+def test_a_wider_bias_is_not_rounded() -> None:
+    """Alone too, where the matmul could add it."""
+    layer, x = RowParallelLinear(D, D).bfloat16(), noise("x", B, S, D).bfloat16()
+    assert layer.bias is not None
+    product = layer(x) - layer.bias
+    layer.bias.data = noise("bias", D).float()
+    with torch.no_grad():
+        y = layer(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, product + layer.bias, rtol=0, atol=0.05)
+
+
 class Plain(nn.Linear):
     """A projection or an MLP that a user puts in the place of ours: it knows of no residual."""
 

@@ -127,7 +127,8 @@ class RowParallelLinear(nn.Module):
         if not self.input_is_parallel:
             x = split_features(x, self.mesh.tp)
         product = Product.of(self)
-        if self.mesh.tp.size == 1 and (residual is None or residual.dtype == x.dtype):  # a wider one stays as wide
+        alike = all(added is None or added.dtype == x.dtype for added in (self.bias, residual))
+        if self.mesh.tp.size == 1 and alike:  # with a wider one the sum is as wide
             return _RowLinear.apply(x, self.weight, self.bias, residual, product)
         y = _RowLinear.apply(x, self.weight, None, None, product)
         y = y if self.bias is None else y + self.bias

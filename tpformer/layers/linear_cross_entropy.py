@@ -21,7 +21,7 @@ LEAST_CHUNK = 256 * 2**20
 """Bytes of a chunk of logits, at least, by default: fewer tokens would make poor matmuls and many collectives."""
 
 Chunk = tuple[slice, Tensor, Tensor, Tensor]
-"""The tokens; their logits, which the next chunk but one overwrites; their losses; their log-sum-exp."""
+"""The tokens; their logits, which a later chunk overwrites; their losses; their log-sum-exp."""
 
 
 def vocab_parallel_linear_cross_entropy(

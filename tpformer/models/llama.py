@@ -68,7 +68,7 @@ class LlamaConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     backend: Backend = "auto"
-    """Of the fused ops: triton, torch, or auto, which is Triton on CUDA and torch elsewhere."""
+    """Of the fused ops: triton, torch, or auto, which is mostly Triton on CUDA and torch elsewhere."""
 
     def __post_init__(self) -> None:
         if self.head_dim is None:

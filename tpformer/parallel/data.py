@@ -26,12 +26,13 @@ class GradientBuckets:
     """The accumulated gradient of every parameter of a model, summed over its replicas and its partial copies.
 
     Linear layers add the gradient of their weight into a flat buffer, fp32 (fp64 for fp64 parameters), by the matmul
-    that computes it; backward hooks add every other gradient, and free it. In the step's last backward a bucket that
-    is complete is all-reduced over dp at once, beside the rest of backward. Nothing is communicated by the earlier
-    micro-batches. Source: arXiv 2006.15704.
+    that computes it (bf16 on a CPU and torch.compile apart); backward hooks add every other gradient, and free it. In
+    the step's last backward a bucket that is complete is all-reduced over dp at once, beside the rest of backward.
+    Nothing is communicated by the earlier micro-batches. Source: arXiv 2006.15704.
 
     Use: for each micro-batch, `start(last=...)`, then `loss.backward()`; at the end `finish()`.
-    Scale the loss by 1 / (micro-batches x dp), since sums are taken.
+    Scale the loss by 1 / (micro-batches x dp), since sums are taken. Until `close()`, torch.autograd.grad finds no
+    gradient of linear layers' weights: it too is added to the sum.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, bucket_bytes: int = 25 << 20):
