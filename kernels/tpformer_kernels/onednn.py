@@ -56,8 +56,8 @@ def prefers_onednn(a: Tensor, b: Tensor) -> bool:
 def onednn_speed(threads: int) -> float:
     """How many times as fast as torch.mm it is, timed once a process; 0 where there is nothing to gain.
 
-    Only on processors where MKL is known to be slow: 1.1 to 2.2 times, so that ranks and runs decide alike. Whoever
-    needs every bit of a run again whatever else the machine does takes backend "torch".
+    Only on processors where MKL is known to be slow, by some 1.1 (Zen 4) or 2.2 (Zen 5): ranks and runs decide alike.
+    Whoever needs every bit of a run again whatever else the machine does takes backend "torch".
     """
     if not onednn_is_possible():
         return 0.0
