@@ -27,6 +27,8 @@ class Case(NamedTuple):
     launches: Callable[[int], Iterator[tuple[Any, ...]]] | None = None
     """The calls on an architecture, of a case that is no key of the tables."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    any_shape: bool = True
+    """Also fp16, one row and odd sizes; a key that differs from another in its tiles only leaves that to it."""
 
 
 def norm_forward(rows: int, size: int, dtype: torch.dtype, residual: bool, bias: bool, center: bool) -> None:

@@ -77,11 +77,12 @@ def calls(case: Case, rows: list[dict[str, Any]], architecture: int) -> Iterator
     for size, dtype in itertools.product(sizes, case.dtypes):
         yield Call(ROWS, size, dtype, heaviest)
     once = [Call(ROWS, sizes[0], case.dtypes[0], flags) for flags in others]
-    once += [
-        Call(ROWS, sizes[0], torch.float16, heaviest),
-        Call(1, sizes[-1] - 2, case.dtypes[0], heaviest),  # Triton compiles anew for a 1, and for what 16 divides
-        Call(ROWS - 1, 2, torch.float32, heaviest),
-    ]
+    if case.any_shape:
+        once += [
+            Call(ROWS, sizes[0], torch.float16, heaviest),
+            Call(1, sizes[-1] - 2, case.dtypes[0], heaviest),  # Triton compiles anew for a 1, and for what 16 divides
+            Call(ROWS - 1, 2, torch.float32, heaviest),
+        ]
     # on one architecture each, for the sake of time
     yield from once[tables.ARCHITECTURES.index(architecture) :: len(tables.ARCHITECTURES)]
 
