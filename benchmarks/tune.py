@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from benchmarks.kernel_cases import Case
 from benchmarks.kernel_measure import Contender, first_line
 from benchmarks.kernels import environment
 from benchmarks.tune_cases import TUNED, Options, candidates, work_of
+from benchmarks.tune_device import require_device, write_whole
 from tpformer_kernels import tables
 
 MARGIN = 1.02  # how much faster than the committed options the winner must be: less is noise
@@ -174,10 +174,8 @@ def rendered(table: dict[str, Any]) -> str:
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write it whole or not at all."""
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(rendered(table), encoding="utf-8")
-    os.replace(partial_path, path)
+    """Its file, one row a line."""
+    write_whole(path, rendered(table))
 
 
 def lines(verdict: Verdict) -> Iterator[str]:
@@ -198,12 +196,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", choices=TUNED, default=list(TUNED), metavar="KERNEL")
     parser.add_argument("--write", action="store_true", help="write the winners to the architecture's table")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here, and only on one can kernels be tuned")
-    major, minor = torch.cuda.get_device_capability()
-    if options.write and 10 * major + minor not in tables.ARCHITECTURES:
-        known = ", ".join(f"sm_{architecture}" for architecture in tables.ARCHITECTURES)
-        parser.error(f"this device is sm_{major}{minor}, without a table of its own (there are {known}): no --write")
+    require_device(parser, options.write)
     return options
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.kernel_measure import Contender, first_line
 from benchmarks.kernel_providers import EAGER, OURS
 from benchmarks.kernels import environment
 from benchmarks.matmul_shapes import MODELS, TENSOR_PARALLEL
+from benchmarks.tune_device import require_device, write_whole
 from tpformer_kernels import tables
 from tpformer_kernels.attention_choice import Heads, measurements
 
@@ -81,10 +81,8 @@ def updated(table: dict[str, Any], found: dict[Heads, float], measured: dict[str
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write it whole or not at all."""
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial_path, path)
+    """Its file, one row a line."""
+    write_whole(path, json.dumps(table, indent=1) + "\n")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,12 +95,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.derive:
         return options
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here, and only on one can attention be timed")
-    major, minor = torch.cuda.get_device_capability()
-    if options.write and 10 * major + minor not in tables.ARCHITECTURES:
-        known = ", ".join(f"sm_{architecture}" for architecture in tables.ARCHITECTURES)
-        parser.error(f"this device is sm_{major}{minor}, without a table of its own (there are {known}): no --write")
+    require_device(parser, options.write)
     return options
 
 

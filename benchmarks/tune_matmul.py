@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.kernel_measure import first_line
 from benchmarks.kernels import environment
 from benchmarks.matmul_contenders import Operands, by_kernel, by_torch, check, launched_in, operands
 from benchmarks.matmul_shapes import MODELS, TOKENS, Shape, shapes
+from benchmarks.tune_device import require_device, write_whole
 from tpformer_kernels import matmul_choice, tables
 
 FINALISTS = 2
@@ -142,10 +142,8 @@ def _lines(rows: dict[str, Any], indent: str) -> str:
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write it whole or not at all."""
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(rendered(table), encoding="utf-8")
-    os.replace(partial_path, path)
+    """Its file, one row a line."""
+    write_whole(path, rendered(table))
 
 
 def lines(verdict: Verdict) -> Iterator[str]:
@@ -170,12 +168,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.derive:
         return options
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here, and only on one can matmuls be timed")
-    major, minor = torch.cuda.get_device_capability()
-    if options.write and 10 * major + minor not in tables.ARCHITECTURES:
-        known = ", ".join(f"sm_{architecture}" for architecture in tables.ARCHITECTURES)
-        parser.error(f"this device is sm_{major}{minor}, without a table of its own (there are {known}): no --write")
+    require_device(parser, options.write)
     return options
 
 

@@ -91,14 +91,19 @@ def theirs(a: Tensor, b: Tensor, epilogue: str, behind: tuple[Tensor, Tensor]) -
     return (torch.mm(a, b) + bias + residual,)
 
 
-@pytest.mark.parametrize(("layout", "epilogue"), [*EVERY_TILE, ("nt", "silu gate")])
-@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize(
+    ("name", "layout", "epilogue"),
+    [
+        (name, layout, epilogue)
+        for name in TILES
+        for layout, epilogue in (*EVERY_TILE, ("nt", "silu gate"))
+        if not (name.startswith("tf32") and epilogue == "accumulate")  # sums of gradients are exact: there is none
+    ],
+)
 def test_every_tile(name: str, layout: str, epilogue: str) -> None:
     """By the rule of two, and the same bits 50 times: what races, or is miscompiled, differs between runs."""
     family, tile, options = TILES[name]
     tf32 = family.startswith("tf32")
-    if tf32 and epilogue == "accumulate":
-        pytest.skip("sums of gradients are exact")
     a, b = operands(family, layout)
     behind = filled(1, SIZE[1], a.dtype, False, 0)[0], filled(SIZE[0], SIZE[1], a.dtype, False, 0)
     with launched_in(family, tile, options):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import DEVICE, close
+from tests.kernels.test_onednn import needs_onednn
 from tpformer_kernels import accumulate_, matmul, matmul_activation, onednn
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -18,12 +19,10 @@ OPTIONS = [(bias, residual, out) for bias in (False, True) for residual in (Fals
 Size = tuple[int, int, int]
 
 
-@pytest.fixture(params=["auto", "torch", "oneDNN"])
+@pytest.fixture(params=["auto", "torch", pytest.param("oneDNN", marks=needs_onednn)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The backends, and "auto" where large fp32 products of a CPU are oneDNN's."""
     if request.param == "oneDNN":
-        if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            pytest.skip("this torch has no such operator")
         monkeypatch.setattr(onednn, "SMALLEST", 0)
         monkeypatch.setattr(onednn, "onednn_speed", lambda threads: 2.0)
     return "auto" if request.param == "oneDNN" else request.param

@@ -1,5 +1,7 @@
 """oneDNN's products are torch's own in every layout, and it is given operands that it is fast on."""
 
+import platform
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,12 @@ needs_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
     reason="this torch has no oneDNN, or not this operator",
 )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="elsewhere torch may lack it")
+def test_the_operator_is_there() -> None:
+    """Or else every test that needs it would be skipped in silence."""
+    assert not needs_onednn.args[0]
 
 
 def inside(shape: tuple[int, ...], view: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:

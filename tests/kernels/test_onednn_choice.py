@@ -150,9 +150,7 @@ def test_backend_torch_is_torch_s(backend: Any, expected: int) -> None:
         taken.append(a)
         return torch.mm(a, b)
 
-    if not torch.backends.mkldnn.enabled:
-        pytest.skip("oneDNN is switched off")
-    with replaced("onednn_matmul", spy):
+    with replaced("onednn_matmul", spy), torch.backends.mkldnn.flags(enabled=True):
         matmul(torch.randn(2, 3), torch.randn(3, 4), backend=backend)
         accumulate_(torch.zeros(3, 4), torch.randn(2, 3), torch.randn(2, 4), True, backend=backend)
     assert len(taken) == expected
