@@ -74,18 +74,6 @@ def faster(
     return choose(kind, m, n, k, dtype, device, fit=fit, tf32=tf32).backend == "triton"
 
 
-def explain(kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
-    """One line for people: what `auto` takes, and why."""
-    choice = choose(kind, m, n, k, dtype, device)
-    if choice.speedup is not None:
-        return (
-            f"{choice.backend}: in tile {choice.tile} the kernel was measured {choice.speedup:.3f} x as fast as torch"
-        )
-    known = dtype != torch.float32 and key_of(kind, m, n, k) in table(tables.architecture_of(device))["shapes"]
-    why = "its row was not measured yet" if known else "the table has no row for it"
-    return f"torch: {why} (the kernel would run in tile {choice.tile})"
-
-
 @cache
 def table(architecture: int) -> dict[str, Any]:
     """The file of one architecture: `tiles` by how numbers are multiplied and read, `shapes` by key_of."""

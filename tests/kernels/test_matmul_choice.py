@@ -12,7 +12,7 @@ from benchmarks import tune_matmul
 from benchmarks.matmul_shapes import MODELS, TOKENS, Shape, linears, shapes
 from tests.kernels.matmul_cases import matrix
 from tpformer_kernels import matmul_choice, tables
-from tpformer_kernels.matmul_choice import choose, derived_tile, explain, faster_by_kernel, key_of, kind_of, table
+from tpformer_kernels.matmul_choice import choose, derived_tile, faster_by_kernel, key_of, kind_of, table
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -44,7 +44,6 @@ def test_auto_takes_what_was_measured_to_be_faster(
 def test_what_has_no_row_is_torch_s(place: tuple[str, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {"nt gated 4096x96x64": {"tile": "narrow", "speedup": 2.0}})
     assert choose(*place, BF16, CPU).backend == "torch"
-    assert "no row" in explain(*place, BF16, CPU)
     for kind in ("nn gated", "nt plain"):
         assert choose(kind, 4096, 96, 64, BF16, CPU).backend == "torch"
     # in fp32 nothing was measured
@@ -94,20 +93,6 @@ def test_the_derived_tile_by_hand() -> None:
     assert derived_tile(tiles, 128, 128, 4) == "narrow"
     assert derived_tile(tiles, 512, 512, 4) == "wide"  # 16 · (64² + 32 · 128) against 4 · (128² + 32 · 256)
     assert derived_tile(tiles, 1, 1, 4) == "narrow"
-
-
-@pytest.mark.parametrize(
-    ("speedup", "text"),
-    [
-        (None, "torch: its row was not measured yet"),
-        (0.9, "torch: in tile wide"),
-        (1.25, "triton: in tile wide the kernel was measured 1.250 x as fast"),
-    ],
-)
-def test_one_line_of_why(speedup: float | None, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, {"nt plain 16x16x16": {"tile": "wide", "speedup": speedup}})
-    line = explain("nt plain", 16, 16, 16, BF16, CPU)
-    assert line.startswith(text) and "\n" not in line
 
 
 @pytest.mark.parametrize("speedup", [0.9, 1.1])
