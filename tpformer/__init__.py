@@ -21,7 +21,6 @@ from tpformer.layers.norm import RMSNorm as RMSNorm
 from tpformer.layers.rope import RopeScaling as RopeScaling
 from tpformer.mesh import Axis as Axis
 from tpformer.mesh import Mesh as Mesh
-from tpformer.mesh import ParallelConfig as ParallelConfig
 
 # models
 from tpformer.models.gpt import GPT as GPT
@@ -30,6 +29,7 @@ from tpformer.models.llama import Llama as Llama
 from tpformer.models.llama import LlamaConfig as LlamaConfig
 
 # random numbers, sharding and communication, open to inspection
+from tpformer.parallel_config import ParallelConfig as ParallelConfig
 from tpformer.placement import Piece as Piece
 from tpformer.placement import Placement as Placement
 from tpformer.placement import full_gradient as full_gradient

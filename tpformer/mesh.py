@@ -1,4 +1,4 @@
-"""Who am I, who are my peers: the degrees asked for, and the live mesh axes seen from this process."""
+"""Who am I, who are my peers: the live mesh axes seen from this process."""
 
 import atexit
 import os
@@ -6,59 +6,13 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-Overlap = Literal["auto", "symm_mem", "chunked", "off"]
-"""How the matmuls of sequence parallelism run beside their communication: `overlap.overlap_mode` says what each is."""
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """The degrees asked for: plain numbers, no processes.
-
-    Raises ValueError for a degree below 1, and for an overlap that is unknown or has nothing to overlap.
-    """
-
-    tp: int = 1
-    """Tensor-parallel degree: how many processes share each layer."""
-    pp: int = 1
-    """Pipeline-parallel degree: how many processes share the stack of layers."""
-    dp: int | None = None
-    """Data-parallel degree: how many replicas; by default whatever number of processes tp and pp leave."""
-    sequence_parallel: bool = False
-    """Also split the activations between the parallel regions along the sequence (arXiv 2205.05198)."""
-    overlap: Overlap = field(default="auto", kw_only=True)
-    """Under sequence parallelism, what runs matmuls beside their communication: torch's symmetric memory, or chunks."""
-
-    def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp"):
-            degree = getattr(self, name)
-            if degree is not None and degree < 1:
-                raise ValueError(f"{name} ({degree}) must be at least 1")
-        _check_overlap(self.overlap)
-        if self.overlap in ("symm_mem", "chunked") and not self.sequence_parallel:
-            raise ValueError(
-                f"overlap ({self.overlap!r}) needs sequence_parallel: without it no matmul has a gather before it "
-                "or a reduce-scatter after it"
-            )
-
-    def sizes(self, world_size: int) -> tuple[int, int, int]:
-        """The sizes of the axes (pp, dp, tp) on `world_size` processes.
-
-        Raises ValueError if the degrees do not multiply to `world_size`.
-        """
-        dp = self.dp if self.dp is not None else max(1, world_size // (self.tp * self.pp))
-        if self.pp * dp * self.tp != world_size:
-            raise ValueError(
-                f"tp ({self.tp}) x pp ({self.pp}) x dp ({dp}) needs {self.pp * dp * self.tp} processes, "
-                f"but {world_size} {'is' if world_size == 1 else 'are'} running: start them with "
-                f"torchrun --nproc-per-node {self.pp * dp * self.tp}, or change the degrees"
-            )
-        return self.pp, dp, self.tp
+from tpformer.parallel_config import Overlap, ParallelConfig, check_choice
 
 
 @dataclass(frozen=True)
@@ -94,7 +48,7 @@ class Mesh:
     overlap: Overlap = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_overlap(self.overlap)
+        check_choice("overlap", self.overlap, get_args(Overlap))
 
     @staticmethod
     def create(
@@ -139,11 +93,6 @@ class Mesh:
     def close(self) -> None:
         """Leave the process group, if there is one; a rank calls it at its end, or it happens at exit."""
         _release(lambda: self.device_mesh)
-
-
-def _check_overlap(overlap: str) -> None:
-    if overlap not in get_args(Overlap):
-        raise ValueError(f"overlap ({overlap!r}) must be one of {', '.join(map(repr, get_args(Overlap)))}")
 
 
 def _release(device_mesh: Callable[[], DeviceMesh | None]) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.proofs.cases import Layout, gpt, llama
 from tpformer import GPTConfig, LlamaConfig
 from tpformer.data import ByteTokenizer
-from tpformer.mesh import ParallelConfig
+from tpformer.parallel_config import ParallelConfig
 from tpformer.train.config import DataConfig, RunConfig, TrainConfig
 from tpformer.train.corpus import Corpus
 from tpformer.train.optimizer import OptimizerConfig

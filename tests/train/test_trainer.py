@@ -13,8 +13,8 @@ from tests.proofs.cases import Layout, build
 from tests.train.runs import VOCABULARY, Record, config, corpus, records
 from tpformer import Key, Mesh
 from tpformer.data import TokenSampler, unigram_entropy
-from tpformer.mesh import ParallelConfig
 from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel_config import ParallelConfig
 from tpformer.train.config import TrainConfig
 from tpformer.train.optimizer import Optimizer, learning_rate
 from tpformer.train.step import train_step

@@ -5,9 +5,9 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-from tpformer.mesh import ParallelConfig
 from tpformer.models.gpt import GPTConfig
 from tpformer.models.llama import LlamaConfig
+from tpformer.parallel_config import ParallelConfig
 from tpformer.train.optimizer import OptimizerConfig
 
 ModelT = TypeVar("ModelT", LlamaConfig, GPTConfig)
@@ -38,8 +38,6 @@ class RunConfig:
     """Samples in a step, over all replicas."""
     micro_batch_size: int = 0
     """Samples in one forward and backward of a replica; 0 is all of its samples at once."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """What the model computes in; weights, gradients and optimizer state are fp32 either way."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the training loss."""
     seed: int = 0

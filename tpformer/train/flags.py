@@ -97,6 +97,8 @@ def _as_type(kind: Any, value: Any, where: str) -> Any:
     """`value` where it is of the type `kind`; an int may stand for a float, a list for a tuple."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is tuple:
+        if parts[-1] is ...:
+            parts = parts[:1] * len(value) if isinstance(value, list) else parts
         if isinstance(value, list) and len(value) == len(parts):
             return tuple(_as_type(part, item, where) for part, item in zip(parts, value, strict=True))
     elif origin is Literal:

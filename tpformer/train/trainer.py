@@ -52,7 +52,7 @@ class Trainer:
         self.sampler = TokenSampler(corpus.train, data.seq_len, run.seed, corpus.vocab_size)
         self.held_out = TokenSampler(corpus.validation, data.seq_len, run.seed, corpus.vocab_size, shuffle=False)
         self.model = build_model(config, mesh, corpus.vocab_size)
-        dtype = torch.bfloat16 if run.precision == "bf16" else None
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.parallel.precision)
         self.optimizer = Optimizer(self.model, mesh, config.optimizer, dtype)
         self.buckets = GradientBuckets(self.model, mesh)
         self.step = self._resume() if run.resume else 0
