@@ -122,9 +122,7 @@ class GPT(nn.Module):
             if part.first or (part.last and c.tie_embeddings):
                 embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
                 self.embedding = tie_to_first(part, embedding)
-            self.position: Any = (
-                PositionEmbedding(c.max_seq_len, c.hidden_size, mesh=mesh) if part.first else None
-            )
+            self.position: Any = PositionEmbedding(c.max_seq_len, c.hidden_size, mesh=mesh) if part.first else None
             self.blocks = nn.ModuleDict({str(i): self._block() for i in part.layers})  # names are global
             if part.last:
                 self.norm = LayerNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend)

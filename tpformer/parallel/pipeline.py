@@ -5,7 +5,6 @@ DualPipeV (2412.19437).
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from tpformer.mesh import Mesh
 from tpformer.models.stage import DecoderStage
 from tpformer.parallel.split import check_micro_batches, rank_of
-from tpformer.parallel.timeline import Timeline
+from tpformer.parallel.timeline import Kind, Timeline, record
 from tpformer.parallel_config import ParallelConfig
 from tpformer.random import Key
 
@@ -131,7 +130,11 @@ class Pipeline:
         return x if before == self.mesh.pp.rank else None
 
     def _from_last(self, result: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        x = torch.empty(shape, dtype=dtype, device=self.mesh.device) if result is None else result.to(dtype).contiguous()
+        x = (
+            torch.empty(shape, dtype=dtype, device=self.mesh.device)
+            if result is None
+            else result.to(dtype).contiguous()
+        )
         dist.broadcast(x, group=self.mesh.pp.group, group_src=rank_of(self._layout.num_stages - 1, self._layout))
         return x
 
@@ -164,13 +167,14 @@ class _ScheduledStage(PipelineStage):
         tokens = torch.empty(shape, dtype=torch.int64, device="meta")
         x = torch.empty(batches.size, length, module.config.hidden_size, dtype=batches.dtype, device="meta")
         x.requires_grad_()
+        loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
         super().__init__(
             module,
             number,
             count,
             mesh.device,
             input_args=(tokens if module.part.first else x,),
-            output_args=(x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)) if module.part.last else x,),
+            output_args=(loss if module.part.last else x,),
             group=mesh.pp.group,
             dw_builder=self._weight_gradients,
         )
@@ -179,16 +183,19 @@ class _ScheduledStage(PipelineStage):
         self._gradients = gradients
         self._waiting: list[Callable[[], None]] = []
 
-    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True) -> Any:
+    def forward_one_chunk(
+        self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
+    ) -> Any:
         """torch's, with this micro-batch's own arguments."""
-        with self._span("forward", fwd_chunk_id):
+        with record(self.timeline, "forward", self.stage_index, fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, args, self.arguments[fwd_chunk_id], save_forward_output)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """torch's; if it is to leave the weights' gradients for later, those of linear layers wait."""
-        with self._span("backward" if full_backward else "input gradient", bwd_chunk_id):
+        kind: Kind = "backward" if full_backward else "input gradient"
+        with record(self.timeline, kind, self.stage_index, bwd_chunk_id):
             self._gradients.start(last=last_backward and full_backward)
             self._gradients.postpone(None if full_backward else self._waiting)
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
@@ -196,7 +203,7 @@ class _ScheduledStage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """torch's: the gradients that waited."""
-        with self._span("weight gradient", bwd_chunk_id):
+        with record(self.timeline, "weight gradient", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def _weight_gradients(self) -> Callable[[], None]:
@@ -208,11 +215,6 @@ class _ScheduledStage(PipelineStage):
                 gradient()
 
         return run
-
-    def _span(self, kind: str, micro_batch: int) -> AbstractContextManager[None]:
-        if self.timeline is None:
-            return nullcontext()
-        return self.timeline.span(kind, stage=self.stage_index, micro_batch=micro_batch)
 
 
 def _like(pipeline: Pipeline) -> dict[str, Any]:
