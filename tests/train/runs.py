@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from tests.proofs.cases import Layout, gpt, llama
-from tpformer import GPTConfig, LlamaConfig
+from tpformer import GPTConfig, LlamaConfig, Mesh
 from tpformer.data import ByteTokenizer
-from tpformer.parallel_config import ParallelConfig
+from tpformer.parallel_config import ParallelConfig, Precision
 from tpformer.train.config import DataConfig, RunConfig, TrainConfig
 from tpformer.train.corpus import Corpus
 from tpformer.train.optimizer import OptimizerConfig
@@ -45,7 +45,7 @@ def corpus() -> Corpus:
     return Corpus(tokens[:3000], tokens[3000:], VOCABULARY, ByteTokenizer())
 
 
-def config(model: str = "llama", **run: Any) -> TrainConfig[Any]:
+def config(model: str = "llama", precision: Precision = "fp32", **run: Any) -> TrainConfig[Any]:
     """Six steps, logged one by one, with dropout, micro-batches, and a rate that changes with each step."""
     sizes = {"vocab_size": VOCABULARY, "dropout": 0.1, "attention_dropout": 0.1, "max_seq_len": 16}
     config: LlamaConfig | GPTConfig = llama(**sizes, num_kv_heads=2) if model == "llama" else gpt(**sizes)
@@ -67,16 +67,21 @@ def config(model: str = "llama", **run: Any) -> TrainConfig[Any]:
         family=model,  # type: ignore[arg-type]
         run=RunConfig(**(options | run)),
         data=DataConfig(seq_len=16),
+        parallel=ParallelConfig(precision=precision),
         optimizer=OptimizerConfig(lr=0.01, warmup_steps=2),
     )
 
 
 def run(config: TrainConfig[Any], layout: Layout, directory: Path, stop_after: int | None = None) -> list[list[int]]:
     """On a rank: train, to the end or until it is stopped; the numbers of the samples of each step."""
-    mesh = layout.mesh()
-    parallel = ParallelConfig(layout.tp, 1, layout.dp, layout.sequence_parallel)
+    parallel = replace(config.parallel, tp=layout.tp, dp=layout.dp, sequence_parallel=layout.sequence_parallel)
+    return run_parallel(replace(config, parallel=parallel), directory, stop_after)
+
+
+def run_parallel(config: TrainConfig[Any], directory: Path, stop_after: int | None = None) -> list[list[int]]:
+    """The same, on the layout of the configuration."""
     directory.mkdir(exist_ok=True)
-    trainer = KilledTrainer(replace(config, parallel=parallel), mesh, corpus(), directory)
+    trainer = KilledTrainer(config, Mesh.of(config.parallel, "cpu"), corpus(), directory)
     trainer.last = -1 if stop_after is None else stop_after
     seen: list[list[int]] = []
     samples = trainer.sampler.samples

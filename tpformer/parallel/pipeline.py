@@ -210,6 +210,7 @@ class _ScheduledStage(PipelineStage):
         """What a backward left for later, to be called then."""
         waiting, self._waiting = self._waiting, []
 
+        @torch.no_grad()
         def run() -> None:
             for gradient in waiting:
                 gradient()
