@@ -13,6 +13,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--write-table: the README's table of compositions is written, and not only checked."""
+    parser.addoption("--write-table", action="store_true", help="write the table of compositions into the README")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Run a function on several processes: `ranks(fn, world_size, *args)`."""

@@ -17,7 +17,7 @@ WORKERS = 4
 
 
 class Ranks:
-    """Up to four worker processes; `ranks(fn, world_size, *args)` runs fn(*args) on the first world_size of them.
+    """Worker processes, four or as many as asked for; `ranks(fn, world_size, *args)` runs fn(*args) on the first ones.
 
     fn is a function at the top level of its module. It finds the default process group running, and its
     results come back in rank order. One rank's exception, or a run longer than `timeout` seconds, is a
@@ -28,7 +28,7 @@ class Ranks:
         self._workers: list[tuple[Any, Connection]] = []
 
     def __call__(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
-        self._start()
+        self._start(max(WORKERS, world_size))
         with tempfile.TemporaryDirectory() as directory:
             path = str(Path(sys.modules[fn.__module__].__file__ or "").resolve())
             for rank in range(world_size):
@@ -44,8 +44,8 @@ class Ranks:
             process.join()
         self._workers = []
 
-    def _start(self) -> None:
-        while len(self._workers) < WORKERS:
+    def _start(self, count: int) -> None:
+        while len(self._workers) < count:
             ours, theirs = mp.get_context("spawn").Pipe()
             process = mp.get_context("spawn").Process(target=_work, args=(theirs,), daemon=True)
             process.start()

@@ -1,6 +1,8 @@
 """Training at any composition of parallelisms, on a rank: three steps, and all that one process would have too."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,11 @@ class Composition:
     dtype: torch.dtype = torch.float64
     world_size: int = field(default=1)
 
+    def __str__(self) -> str:
+        p, plain = self.parallel, ParallelConfig()
+        chosen = [f"{f.name}={getattr(p, f.name)}" for f in fields(p) if getattr(p, f.name) != getattr(plain, f.name)]
+        return " ".join([self.model, *chosen, f"mb={self.micro_batch_size}", str(self.dtype)[6:]])
+
     def alone(self) -> "Composition":
         """The same on one process."""
         precision = {"precision": self.parallel.precision, "fp32_residual": self.parallel.fp32_residual}
@@ -52,11 +59,18 @@ class Composition:
 
 def train(case: Composition) -> tuple[Measured, dict[str, int]]:
     """On a rank: losses, norms, the first step's gradients and the last step's weights, whole; the collectives."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(case.dtype)
-    try:
+    with double(case.dtype):
         mesh = Mesh.of(case.parallel, "cpu")
         return steps(case, mesh, build(case.config(), mesh, VOCABULARY))
+
+
+@contextmanager
+def double(dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Models are built in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
     finally:
         torch.set_default_dtype(before)
 

@@ -1,0 +1,133 @@
+"""Every way to split a model, composed: three steps are those of one process, and the collectives are as many as said.
+
+`pytest tests/proofs/test_compositions.py --write-table` writes what was found into the README.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import Ranks
+from tests.proofs.cases import TOLERANCE, Measured, mismatches
+from tests.proofs.compositions import BATCH, MODELS, Composition, train
+from tpformer import ParallelConfig
+from tpformer.parallel.split import stage_parts, stages_of
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- compositions: written by the test run -->\n", "<!-- compositions end -->\n"
+
+
+def row(model: str, micro_batch_size: int = 2, dtype: torch.dtype = torch.float64, **options: Any) -> Composition:
+    """A case, on as many processes as its degrees make."""
+    parallel = ParallelConfig(**options)
+    return Composition(model, parallel, micro_batch_size, dtype, parallel.tp * parallel.pp * (parallel.dp or 1))
+
+
+SP: dict[str, Any] = {"sequence_parallel": True}
+ROWS = [
+    row("llama", tp=2),
+    row("llama-tied", tp=2, dp=2, **SP),
+    row("llama", pp=3, pp_schedule="gpipe", micro_batch_size=8),
+    row("gpt-tied", pp=2, pp_schedule="gpipe"),
+    row("gpt-tied", pp=4, pp_schedule="1f1b"),
+    row("gpt-untied", pp=2, layers_per_stage=(1, 3)),
+    row("llama-tied", pp=2, pp_schedule="interleaved_1f1b"),
+    row("llama-tied", pp=2, pp_schedule="interleaved_zero_bubble"),
+    row("llama-tied", pp=2, pp_schedule="zbv"),
+    row("gpt-tied", pp=2, pp_schedule="dualpipev"),
+    row("llama-tied", pp=2, tp=2, **SP),
+    row("llama", pp=2, tp=2, pp_schedule="zbv"),
+    row("gpt-tied", pp=2, dp=2, pp_schedule="interleaved_1f1b", micro_batch_size=1),
+    row("llama-tied", pp=2, dp=2, pp_schedule="zbv", micro_batch_size=1),
+    row("llama", pp=2, dp=2, dtype=torch.float32),
+    row("llama-tied", pp=2, tp=2, dp=2, micro_batch_size=1, **SP),
+]
+
+
+@dataclass
+class Found:
+    """What the rows gave: for the table."""
+
+    lines: dict[str, str] = field(default_factory=dict)
+    alone: dict[Any, Measured] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """Filled in by the rows as they run."""
+    return Found()
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_three_steps_are_those_of_one_process(case: Composition, found: Found, ranks: Ranks) -> None:
+    """Losses, norms, every gradient, every weight; each collective of a step on the first process, and no other."""
+    alone = case.alone()
+    if alone not in found.alone:
+        found.alone[alone] = train(alone)[0]
+    results = ranks(train, case.world_size, case)
+    merged: Measured = {}
+    for measured, _ in results:
+        merged |= {name: x for name, x in measured.items() if name not in merged}
+    assert mismatches(found.alone[alone], merged, TOLERANCE[case.dtype]) == []
+    for measured, _ in results:  # what several processes have is the same on all
+        assert mismatches({n: merged[n] for n in measured}, measured, TOLERANCE[case.dtype]) == []
+    counts = results[0][1]
+    assert counts == expected_collectives(case)
+    found.lines[str(case)] = line(case, counts)
+
+
+def expected_collectives(case: Composition) -> dict[str, int]:
+    """Of a step, on the first process, by op and axis."""
+    p = case.parallel
+    parts = stage_parts(MODELS[case.model], p, 8)
+    mine = [parts[stage] for stage in stages_of(0, p)]
+    blocks = sum(len(part.layers) for part in mine)
+    first, last = (sum(getattr(part, end) for part in mine) for end in ("first", "last"))
+    count = BATCH // (p.dp or 1) // case.micro_batch_size
+    found: Counter[str] = Counter()
+    if p.tp > 1 and p.sequence_parallel:
+        # two regions a block, each entered and left, forward and backward; a column's input is gathered once more
+        found["reduce_scatter tp"] += count * (4 * blocks + first + last)
+        found["all_gather tp"] += count * (6 * blocks + first + 2 * last)
+        found["all_reduce tp"] += 1  # partial gradients
+    elif p.tp > 1:
+        found["all_reduce tp"] += count * (4 * blocks + first + last)
+        found["all_gather tp"] += count * last  # the loss's statistics
+    if p.pp > 1:
+        down, up = (sum(1 for part in mine if not getattr(part, end)) for end in ("last", "first"))
+        tied = MODELS[case.model].tie_embeddings and not (first and last)
+        found["send pp"] += count * (down + up) + tied
+        found["recv pp"] += count * (down + up) + tied
+    if (p.dp or 1) > 1:
+        found["all_reduce dp"] += 1  # one bucket
+    alone = [axis for axis in ("tp", "pp", "dp") if (getattr(p, axis) or 1) == case.world_size > 1]
+    found[f"all_reduce {alone[0] if alone else 'world'}"] += 1  # the norm, with the loss
+    return {name: number for name, number in found.items() if number}
+
+
+def line(case: Composition, counts: dict[str, int]) -> str:
+    """A row of the README's table."""
+    p = case.parallel
+    layout = f"| {case.model} | {p.tp}{' sp' if p.sequence_parallel else ''} | {p.pp} | {p.dp or 1}"
+    schedule = "" if p.pp == 1 else f"{p.pp_schedule}, {BATCH // (p.dp or 1) // case.micro_batch_size}"
+    number = {"float64": "fp64, 1e-10", "float32": "fp32, 1e-5"}[str(case.dtype).removeprefix("torch.")]
+    calls = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f"{layout} | {schedule} | {number} | {calls} |"
+
+
+def test_the_readme_has_this_table(found: Found, request: pytest.FixtureRequest) -> None:
+    """Which is what the rows gave, each of them."""
+    if len(found.lines) < len(ROWS):
+        return  # only some of the rows were asked for, or some failed
+    head = "| model | tp | pp | dp | schedule, micro-batches | compared in | collectives of a step, first process |\n"
+    table = head + "|---" * 7 + "|\n" + "\n".join(found.lines[str(case)] for case in ROWS) + "\n"
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    if request.config.getoption("--write-table"):
+        README.write_text(before + BEGIN + table + END + after)
+    assert rest.split(END)[0] == table or request.config.getoption("--write-table")
