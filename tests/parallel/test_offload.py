@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed import Ranks
-from tests.proofs.cases import Layout, build, build_random, llama, random_batch
 from tests.parallel.test_recompute import MODELS, WAYS, selective
+from tests.proofs.cases import Layout, build, build_random, llama, random_batch
 from tpformer import GPT, Key, Llama, Mesh
 from tpformer.parallel.offload import ActivationOffload
 from tpformer.parallel.recompute import apply_recompute
@@ -121,8 +122,7 @@ def test_a_wrong_order_is_noticed() -> None:
 
     def mixed_up(self: ActivationOffload, kept: Any) -> tuple[Tensor, Any]:
         before = kept.before() if kept.before else None
-        same = before is not None and before.host.shape == kept.host.shape
-        return start(self, before if same else kept)
+        return start(self, kept if before is None or before.host.shape != kept.host.shape else before)
 
     start = ActivationOffload._start_back
     expected = gradients_of(fresh("gpt"), None)
@@ -189,7 +189,8 @@ def test_parameters_and_small_tensors_stay(device: torch.device) -> None:
 @devices
 def test_a_tensor_changed_between_two_uses_is_kept_twice(device: torch.device) -> None:
     x = torch.ones(16, device=device)
-    offload, got = everything(device), []
+    offload = everything(device)
+    got: list[Tensor] = []
     one = torch.ones((), device=device, requires_grad=True)
     with offload:
         y = Save.apply(got.extend, one, x)
@@ -209,9 +210,9 @@ def test_backward_twice_and_not_at_all(device: torch.device) -> None:
     with offload:
         x = model.hidden_states(tokens).square().mean()
     x.backward(retain_graph=True)
-    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    once = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
     x.backward()
-    assert all(torch.equal(model.get_parameter(name).grad, 2 * grad) for name, grad in once.items())
+    assert all(p.grad is not None and torch.equal(p.grad, 2 * grad) for p, grad in once.items())
     with offload:
         x = model.loss(tokens, targets)
     assert offload.host_bytes > 0
@@ -247,8 +248,7 @@ def test_less_is_alive_on_the_device(config: ParallelConfig, device: torch.devic
             tokens, targets = torch.randint(101, (2, 4, 128), device=device)
             model.loss(tokens, targets).backward()  # gradients are there from now on
             offload = ActivationOffload(device, least_bytes=1 << 14)
-            outside = (lambda: 0) if device.type == "cuda" else lambda: offload.host_bytes
-            with measure_memory(device, elsewhere=outside) as memory:
+            with measure_memory(device, elsewhere=partial(getattr, offload, "host_bytes")) as memory:
                 with offload if offloads else nullcontext():
                     loss = model.loss(tokens, targets)
                 loss.backward()

@@ -88,8 +88,8 @@ def test_a_mask_from_a_generator_is_noticed() -> None:
     found = []
     for config in (ParallelConfig(), FULL):
         model = build_random(PLAIN["gpt"], Mesh(), torch.float32)
-        for block in model.blocks.values():
-            block.mlp = Careless(block.mlp)
+        for name in model.blocks:
+            model.blocks[name].mlp = Careless(model.get_submodule(f"blocks.{name}.mlp"))
         apply_recompute(model, config)
         torch.manual_seed(0)
         found.append(measure_model(model))
@@ -245,14 +245,14 @@ def count_forwards(module: nn.Module) -> list[None]:
         runs.append(None)
         return forward(*args, **options)
 
-    module.forward = counted  # type: ignore[method-assign]
+    module.forward = counted
     return runs
 
 
 def test_only_backward_recomputes_and_only_every_kth_block_by_its_global_number() -> None:
     model = build(llama(num_layers=5))
     del model.blocks["0"]  # as on the second stage of a pipeline
-    runs = {name: count_forwards(block.mlp.gate_up) for name, block in model.blocks.items()}
+    runs = {name: count_forwards(model.get_submodule(f"blocks.{name}.mlp.gate_up")) for name in model.blocks}
     apply_recompute(model, ParallelConfig(recompute="full", recompute_every=3))
     tokens, targets = random_batch(101)
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_a_deep_copy_recomputes_with_its_own_weights() -> None:
 
 def test_a_module_that_a_block_does_not_have_is_named() -> None:
     model = build(PLAIN["gpt"])
-    with pytest.raises(ValueError, match=r"recompute_modules \(core, attn\) must be among a block's: attention_norm, .*"):
+    with pytest.raises(ValueError, match=r"recompute_modules \(core, attn\) must be among a block's: attention_norm,"):
         apply_recompute(model, ParallelConfig(recompute="selective", recompute_modules=("core", "mlp", "attn")))
     with pytest.raises(ValueError, match=r"attention.core, .*mlp.up"):  # also where no block of its number is here
         apply_recompute(model, ParallelConfig(recompute="selective", recompute_modules=("x",), recompute_every=9))

@@ -42,4 +42,4 @@ def _targets(block: nn.Module, config: ParallelConfig) -> list[nn.Module]:
 def _recompute(module: nn.Module) -> None:
     # the bound method in a partial, not in a closure: a deep copy of the model gets one bound to the copy
     again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-    module.forward = again  # type: ignore[method-assign]  # what __call__ runs between a module's hooks
+    module.forward = again  # what __call__ runs between a module's hooks

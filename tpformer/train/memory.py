@@ -43,8 +43,8 @@ def measure_memory(device: torch.device, *, elsewhere: Callable[[], int] = lambd
 
     CUDA: torch's peak, less what was allocated before. CPU: every storage that an operator returns, until it is
     freed; what an operator takes for itself, and storages resized by hand (FSDP2's), are not seen, and each operator
-    takes some 10 us longer. elsewhere: bytes to leave out at any moment, which stand for another memory: on a CPU,
-    those of offloaded activations.
+    takes some 10 us longer. elsewhere: on a CPU, bytes that stand for another memory at that moment and are left
+    out, those of offloaded activations.
     The step before should be over: gradients, buffers and optimizer state that it made lazily would count.
     """
     memory = MemoryPeak()
@@ -68,8 +68,8 @@ def memory_report(
     for the first that names it.
     """
     counted: set[int] = set()
-    lasting = [_storage_bytes(tensors, counted) for tensors in (parameters, gradients, optimizer)]
-    return MemoryReport(*lasting, memory.bytes)
+    sizes = (_storage_bytes(tensors, counted) for tensors in (parameters, gradients, optimizer))
+    return MemoryReport(next(sizes), next(sizes), next(sizes), memory.bytes)
 
 
 def memory_table(reports: Sequence[MemoryReport]) -> str:
