@@ -51,6 +51,7 @@ class SelfAttention(nn.Module):
             c.hidden_size, rows.shape[0], c.qkv_bias, mesh=mesh, rows=rows, backend=c.backend
         )
         self.out = RowParallelLinear(c.num_heads * c.head_dim, c.hidden_size, c.out_bias, mesh=mesh, backend=c.backend)
+        self.core = AttentionCore(c, self.local_heads, mesh=mesh)
         if c.qk_norm:  # shared by heads that lie on different ranks
             self.q_norm = self._head_norm()
             self.k_norm = self._head_norm()
@@ -69,15 +70,26 @@ class SelfAttention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             if rope is not None:
                 q, k = apply_rope(q, k, *rope, backend=c.backend)
-        y = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key)  # (b, heads/tp, s, head_dim)
+        y = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key)  # (b, heads/tp, s, head_dim)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _head_norm(self) -> RMSNorm:
         c = self.config
         return RMSNorm(c.head_dim, c.norm_eps, mesh=self.mesh, partial_gradient=True, backend=c.backend)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None) -> Tensor:
-        """softmax(q kᵀ / sqrt(head_dim)) v: q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim)."""
+
+class AttentionCore(nn.Module):
+    """softmax(q kᵀ / sqrt(head_dim)) v of this rank's heads; without parameters, a module so that it has a name.
+
+    Recomputation asks for it by that name (arXiv 2205.05198, section 5).
+    """
+
+    def __init__(self, config: AttentionConfig, local_heads: int, *, mesh: Mesh = Mesh()):
+        super().__init__()
+        self.config, self.local_heads, self.mesh = config, local_heads, mesh
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None = None) -> Tensor:
+        """q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim) -> (b, heads/tp, s, head_dim)."""
         c = self.config
         options = AttentionOptions(causal=c.causal, window=c.sliding_window)
         if key is not None and c.dropout:

@@ -131,6 +131,8 @@ class RowParallelLinear(nn.Module):
         if self.mesh.tp.size == 1 and alike:  # with a wider one the sum is as wide
             return _RowLinear.apply(x, self.weight, self.bias, residual, product)
         y = _RowLinear.apply(x, self.weight, None, None, product)
+        if self.mesh.tp.size > 1 and not product.overlaps():
+            y = _Leave.apply(y, self.mesh)
         y = y if self.bias is None else y + self.bias
         return y if residual is None else y + residual
 
@@ -237,23 +239,24 @@ class _ColumnLinear(torch.autograd.Function):
 
 
 class _RowLinear(torch.autograd.Function):
-    """Matmul and leave in one, so that the sum is made in place; bias and residual only where there is no sum."""
+    """Matmul only; bias and residual where there is no sum to come. With overlap the sum is part of the matmul.
+
+    Leaving is a Function of its own, because autograd takes what a Function saves after its forward: recomputation,
+    which stops at the last saved tensor, would otherwise communicate a sum that nobody reads.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, product: Product
     ) -> Tensor:
-        ctx.product, mesh = product, product.mesh
+        ctx.product = product
         ctx.save_for_backward(x, weight)
         if product.overlaps():
-            y = matmul_scatter(_batched(x), weight.t(), mesh)
+            y = matmul_scatter(_batched(x), weight.t(), product.mesh)
             return y.view(*x.shape[:-2], *y.shape[1:])
         added = None if residual is None else residual.reshape(-1, residual.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
-        y = matmul(flat, weight.t(), bias, added, backend=product.backend).view(*x.shape[:-1], len(weight))
-        if mesh.tp.size == 1:
-            return y
-        return start_scatter_sequence(y, mesh.tp).wait() if mesh.sequence_parallel else all_reduce_(y, mesh.tp)
+        return matmul(flat, weight.t(), bias, added, backend=product.backend).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -261,15 +264,33 @@ class _RowLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
         needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-        if needs_x and product.overlaps():
-            whole, (dx,) = gather_matmul(_batched(dy), [weight], product.mesh)
-        else:
-            whole, dx = start_enter(dy, product.mesh).wait(), None
+        whole, dx = dy, None
+        if product.overlaps():
+            if needs_x:
+                whole, (dx,) = gather_matmul(_batched(dy), [weight], product.mesh)
+            else:
+                whole = start_enter(dy, product.mesh).wait()
         flat = whole.reshape(-1, dy.shape[-1])  # (b·s, f)
         if needs_x:
             dx = (matmul(flat, weight, backend=product.backend) if dx is None else dx).view(x.shape)
         dweight = product.weight_gradient(weight, [flat], x.reshape(-1, x.shape[-1])) if needs_weight else None
         return dx, dweight, flat.sum(0) if needs_bias else None, dy if needs_residual else None, None
+
+
+class _Leave(torch.autograd.Function):
+    """Sum the ranks' products, which are nobody else's: in place, or scattered along the sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        if mesh.sequence_parallel:
+            return start_scatter_sequence(y, mesh.tp).wait()
+        return all_reduce_(y.detach(), mesh.tp)  # its memory, without its history, which a view may not change in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return start_enter(dy, ctx.mesh).wait(), None
 
 
 def _batched(x: Tensor) -> Tensor:
