@@ -73,9 +73,7 @@ def together(action: Any, world: Mesh) -> Any:
 
 def make_mesh(config: TrainConfig[Any]) -> Mesh:
     """The mesh that the flags ask for."""
-    p = config.parallel
-    device = None if config.run.device == "auto" else config.run.device
-    return Mesh.create(p.tp, p.pp, p.dp, p.sequence_parallel, overlap=p.overlap, device=device)
+    return Mesh.of(config.parallel, None if config.run.device == "auto" else config.run.device)
 
 
 def run_directory(config: TrainConfig[Any], world: Mesh) -> Path:

@@ -34,7 +34,8 @@ class Axis:
 class Mesh:
     """The live axes `pp, dp, tp` of this process, passed to whatever is parallel; `Mesh()` is one process.
 
-    `world` is all axes together, for the one all-reduce of the gradient norm.
+    `world` is all axes together, for the one all-reduce of the gradient norm. `dp_shard` is the part of dp whose
+    replicas share out their parameters (FSDP), `dp_replicate` the rest of it.
     Raises ValueError for an unknown overlap.
     """
 
@@ -46,6 +47,8 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     device_mesh: DeviceMesh | None = None
     overlap: Overlap = field(default="auto", kw_only=True)
+    dp_shard: Axis = field(default=Axis("dp_shard"), kw_only=True)
+    dp_replicate: Axis = field(default=Axis("dp_replicate"), kw_only=True)
 
     def __post_init__(self) -> None:
         check_choice("overlap", self.overlap, get_args(Overlap))
@@ -58,10 +61,13 @@ class Mesh:
         sequence_parallel: bool = False,
         *,
         overlap: Overlap = "auto",
+        dp_shard: int = 1,
         device: str | None = None,
         timeout_seconds: float = 600.0,
     ) -> "Mesh":
         """The mesh of the processes that torchrun started; dp fills what tp and pp leave.
+
+        dp_shard: how many neighbours on the dp axis share out their parameters; 0 takes all of dp.
 
         Joins the default process group (NCCL on GPUs, gloo on CPUs) or starts it from torchrun's
         environment; with one process and no launcher there is no process group at all.
@@ -77,22 +83,67 @@ class Mesh:
         if not dist.is_initialized():
             backend = "nccl" if place.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        device_mesh = init_device_mesh(place.type, sizes, mesh_dim_names=("pp", "dp", "tp"))
-        pp_axis, dp_axis, tp_axis = (
-            Axis(name, size, device_mesh.get_local_rank(name), device_mesh)
-            for name, size in zip(("pp", "dp", "tp"), sizes, strict=True)
-        )
+        device_mesh = _device_mesh(place.type, sizes, dp_shard or sizes[1])
+        axes = {name: _axis(name, device_mesh) for name in ("pp", "dp", "dp_replicate", "dp_shard", "tp")}
+        if "dp_shard" not in (device_mesh.mesh_dim_names or ()):  # one of the two is dp itself
+            whole, alone = ("dp_replicate", "dp_shard") if dp_shard == 1 else ("dp_shard", "dp_replicate")
+            axes |= {whole: axes["dp"], alone: Axis(alone)}
         world = Axis("world", world_size, dist.get_rank())
         # torch gives an axis that is the whole world the default group: let the trace name the axis
-        alone = [axis.name for axis in (pp_axis, dp_axis, tp_axis) if axis.size == world_size > 1]
+        named = [name for name in ("pp", "dp", "tp") if axes[name].size == world_size > 1]
         if world.group is not None:
-            world.group._set_group_desc(f"mesh_{alone[0]}" if alone else "default_pg")
+            world.group._set_group_desc(f"mesh_{named[0]}" if named else "default_pg")
         atexit.register(_release, weakref.ref(device_mesh))
-        return Mesh(pp_axis, dp_axis, tp_axis, world, sequence_parallel, place, device_mesh, overlap=overlap)
+        return Mesh(
+            world=world,
+            sequence_parallel=sequence_parallel,
+            device=place,
+            device_mesh=device_mesh,
+            overlap=overlap,
+            **axes,
+        )
+
+    @staticmethod
+    def of(config: ParallelConfig, device: str | None = None) -> "Mesh":
+        """The mesh that a configuration asks for, of the processes that torchrun started. Raises as `create` does."""
+        shard = {"replicate": 1, "hsdp": config.dp_shard or _processes_of_node() // config.tp}.get(config.dp_mode, 0)
+        return Mesh.create(
+            config.tp,
+            config.pp,
+            config.dp,
+            config.sequence_parallel,
+            overlap=config.overlap,
+            dp_shard=shard,
+            device=device,
+        )
 
     def close(self) -> None:
         """Leave the process group, if there is one; a rank calls it at its end, or it happens at exit."""
         _release(lambda: self.device_mesh)
+
+
+def _device_mesh(device_type: str, sizes: tuple[int, int, int], dp_shard: int) -> DeviceMesh:
+    """The processes as (pp, dp, tp), or as (pp, dp_replicate, dp_shard, tp) if only a part of dp shares parameters."""
+    pp, dp, tp = sizes
+    replicas = divide(dp, dp_shard, "dp", "dp_shard")
+    if 1 in (dp_shard, replicas):
+        return init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp", "tp"))
+    names = ("pp", "dp_replicate", "dp_shard", "tp")
+    device_mesh = init_device_mesh(device_type, (pp, replicas, dp_shard, tp), mesh_dim_names=names)
+    device_mesh["dp_replicate", "dp_shard"]._flatten("dp")
+    return device_mesh
+
+
+def _axis(name: str, device_mesh: DeviceMesh) -> Axis:
+    """One axis of the mesh, alone if the mesh does not have it."""
+    if name != "dp" and name not in (device_mesh.mesh_dim_names or ()):
+        return Axis(name)
+    return Axis(name, device_mesh[name].size(), device_mesh[name].get_local_rank(), device_mesh)
+
+
+def _processes_of_node() -> int:
+    """How many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _release(device_mesh: Callable[[], DeviceMesh | None]) -> None:

@@ -5,10 +5,11 @@ norm clipping and checkpoints all read it. A parameter without one is a whole co
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tpformer.collectives import all_reduce_
 from tpformer.mesh import Axis, Mesh
@@ -31,30 +32,53 @@ class Piece:
 class Placement:
     """Where this rank's part of one parameter lies in the whole of it.
 
-    shape: of the whole parameter, without padding. dim: the one that is split.
-    pieces: this rank's slices along `dim`, in the order in which they lie in the local tensor;
-    what the local tensor has beyond them is padding, always zero.
+    shape: of the whole parameter, without padding. dim: the one that is split over tp.
+    pieces: this rank's slices along `dim`, in the order in which they lie in the tp-local tensor;
+    what the tp-local tensor has beyond them is padding, always zero.
     partial: each copy's gradient is only this rank's part of it and must be summed over the copies.
+    rows: [start, stop) along dim 0 of the tp-local tensor, where replicas share it out (FSDP); None: all of it.
+    replica: which of the equal ones on other replicas or pipeline stages this is; 0 counts in norms and is saved.
     """
 
     shape: tuple[int, ...]
     dim: int
     pieces: tuple[Piece, ...]
     partial: bool = False
+    rows: tuple[int, int] | None = None
+    replica: int = 0
 
     def slices(self) -> Iterator[tuple[Piece, tuple[slice, ...], tuple[slice, ...]]]:
         """Each non-empty piece with its index into the whole tensor and into the local one."""
         offset = 0
+        whole: tuple[slice, ...]
+        local: tuple[slice, ...]
         if not self.shape:  # a scalar: one copied piece, indexed whole
             yield self.pieces[0], (), ()
             return
         for piece in self.pieces:
-            before = (slice(None),) * self.dim
-            whole = (*before, slice(piece.start, piece.start + piece.size))
-            local = (*before, slice(offset, offset + piece.size))
-            offset += piece.size
-            if piece.size:
+            first, last = offset, offset + piece.size
+            offset = last
+            if self.dim == 0:
+                start, stop = self.rows or (0, last)
+                mine = max(first, start), min(last, stop)
+                whole = (slice(piece.start + mine[0] - first, piece.start + mine[1] - first),)
+                local = (slice(mine[0] - start, mine[1] - start),)
+            else:
+                mine = self.rows or (0, self.shape[0])
+                before = (slice(None),) * (self.dim - 1)
+                whole = (
+                    slice(*mine) if self.rows else slice(None),
+                    *before,
+                    slice(piece.start, piece.start + piece.size),
+                )
+                local = (slice(None), *before, slice(first, last))
+            if piece.size and mine[0] < mine[1]:
                 yield piece, whole, local
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is the one of equal replicas that counts in norms and is saved."""
+        return self.replica == 0
 
 
 def replicated(shape: tuple[int, ...], axis: Axis, partial: bool = False) -> Placement:
@@ -84,8 +108,18 @@ def placements(model: nn.Module, mesh: Mesh) -> dict[str, Placement]:
                 f"parameter {name} ({type(owners[prefix]).__name__}) has no Placement: under sequence parallelism "
                 "its gradient would be partial; use a tpformer layer, or set `placements` on its module"
             )
-        found[name] = placement or replicated(tuple(parameter.shape), mesh.tp)
+        found[name] = _on_replicas(placement or replicated(tuple(parameter.shape), mesh.tp), parameter, mesh)
     return found
+
+
+def _on_replicas(placement: Placement, parameter: Tensor, mesh: Mesh) -> Placement:
+    """The placement of what this replica holds of a tp-local parameter: all of it, or its rows of an FSDP one."""
+    if not isinstance(parameter, DTensor):
+        return replace(placement, replica=placement.replica or mesh.dp.rank)
+    length, shard = parameter.shape[0], mesh.dp_shard
+    size = -(-length // shard.size)  # as torch.chunk, by which FSDP2 shares out
+    rows = min(shard.rank * size, length), min((shard.rank + 1) * size, length)
+    return replace(placement, rows=rows, replica=placement.replica or mesh.dp.rank // shard.size)
 
 
 def mesh_of(model: nn.Module) -> Mesh:
@@ -107,19 +141,23 @@ def load_full(local: Tensor, placement: Placement, whole: Tensor) -> None:
             local[ours] = whole[theirs].to(local)
 
 
-def gather_full(local: Tensor, placement: Placement, axis: Axis) -> Tensor:
-    """The whole tensor on every rank of the axis, from each rank's part; collective.
+def gather_full(local: Tensor, placement: Placement, *axes: Axis) -> Tensor:
+    """The whole tensor on every rank of the axes, from each rank's part; collective.
 
     Raises RuntimeError, on every rank, if copies of the same slice differ.
     """
-    local = local.detach()
+    local = local_part(local.detach())
     whole = local.new_zeros(placement.shape)
     for piece, theirs, ours in placement.slices():
         if piece.copy == 0:
             whole[theirs] = local[ours]
-    all_reduce_(_bits(whole), axis)  # one rank has the bits of an element, the others have zeros
+    for axis in axes:
+        all_reduce_(_bits(whole), axis)  # one rank has the bits of an element, the others have zeros
     differ = sum(not torch.equal(_bits(whole[theirs]), _bits(local[ours])) for _, theirs, ours in placement.slices())
-    if all_reduce_(torch.tensor(float(differ), device=whole.device), axis).item():
+    problems = torch.tensor(float(differ), device=whole.device)
+    for axis in axes:
+        all_reduce_(problems, axis)
+    if problems.item():
         raise RuntimeError(
             "copies of this tensor differ between tensor-parallel ranks; if it is a gradient, "
             "call tpformer.reduce_partial_gradients(model) after backward"
@@ -132,10 +170,15 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
 
 
+def local_part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor; FSDP2 keeps parameters and gradients as DTensors over the replicas."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def full_parameter(model: nn.Module, name: str) -> Tensor:
     """The whole parameter called `name`, on every rank; collective."""
     mesh = mesh_of(model)
-    return gather_full(model.get_parameter(name), placements(model, mesh)[name], mesh.tp)
+    return gather_full(model.get_parameter(name), placements(model, mesh)[name], mesh.tp, mesh.dp_shard)
 
 
 def full_gradient(model: nn.Module, name: str) -> Tensor:
@@ -147,7 +190,7 @@ def full_gradient(model: nn.Module, name: str) -> Tensor:
     gradient = model.get_parameter(name).grad
     if gradient is None:
         raise ValueError(f"parameter {name} has no gradient; call backward first")
-    return gather_full(gradient, placements(model, mesh)[name], mesh.tp)
+    return gather_full(gradient, placements(model, mesh)[name], mesh.tp, mesh.dp_shard)
 
 
 def load_full_state(model: nn.Module, whole: dict[str, Tensor]) -> None:
@@ -166,7 +209,7 @@ def load_full_state(model: nn.Module, whole: dict[str, Tensor]) -> None:
     if problems:
         raise ValueError("the state does not fit the model: " + "; ".join(problems))
     for name, parameter in model.named_parameters():
-        load_full(parameter, known[name], whole[name])
+        load_full(local_part(parameter.detach()), known[name], whole[name])
 
 
 def sum_partial(tensors: dict[str, Tensor], known: dict[str, Placement], axis: Axis) -> None:
@@ -198,5 +241,5 @@ def sum_partial(tensors: dict[str, Tensor], known: dict[str, Placement], axis: A
 def reduce_partial_gradients(model: nn.Module) -> None:
     """Sum the partial gradients over tp, once, after the last backward of a step; collective."""
     mesh = mesh_of(model)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: local_part(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     sum_partial(gradients, placements(model, mesh), mesh.tp)

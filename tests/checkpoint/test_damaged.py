@@ -21,7 +21,7 @@ from tpformer.checkpoint import store
 from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, save_checkpoint
 
 MODEL = "gpt-untied"
-FILE = "tp_00001_of_00002.safetensors"
+FILE = "part_00001_of_00002.safetensors"
 
 
 # 1. reading
@@ -72,14 +72,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor is missing": (lambda p: drop_everywhere(p, "exp_avg/norm.weight"), "exp_avg/norm.weight is missing"),
     "a part of a tensor is missing": (
         lambda p: edit_header(p / FILE, drop("weight/embedding.weight")),
-        "weight/embedding.weight: .* holds 64 of the 101 rows|weight/embedding.weight: .* holds 0 of the 37 rows",
+        "weight/embedding.weight: .* holds (2048 of the 3232|0 of the 1184) elements",
     ),
     "meta.json is missing": (lambda p: (p / "meta.json").unlink(), "meta.json"),
     "meta.json is cut": (lambda p: truncate(p / "meta.json", 0.5), "meta.json"),
     "meta.json is binary": (lambda p: (p / "meta.json").write_bytes(b"\xff\xfe\x00"), "meta.json"),
     "meta.json is a list": (lambda p: (p / "meta.json").write_text("[]"), "meta.json"),
     "meta.json says nothing": (lambda p: (p / "meta.json").write_text("{}"), "meta.json"),
-    "meta.json says nonsense": (lambda p: (p / "meta.json").write_text('{"tp": "two", "step": 1}'), "meta.json"),
+    "meta.json says nonsense": (lambda p: (p / "meta.json").write_text('{"parts": "two", "step": 1}'), "meta.json"),
     "nothing is there": (lambda p: shutil.rmtree(p), "meta.json"),
 }
 
@@ -160,7 +160,7 @@ def test_what_one_rank_cannot_read_ends_all(tmp_path: Path, ranks: Ranks) -> Non
     ranks(save, 2, Layout(2), tmp_path, 1, MODEL)
     found = ranks(one_rank_cannot_read, 4, tmp_path / "step_00000001", 2)
     assert len(set(found)) == 1
-    assert re.match("ValueError: .*tp_00000_of_00002.safetensors .*Permission denied", found[0])
+    assert re.match("ValueError: .*part_00000_of_00002.safetensors .*Permission denied", found[0])
 
 
 # 2. writing

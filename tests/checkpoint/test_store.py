@@ -52,16 +52,17 @@ def test_every_number_is_stored_once(model: str, saved: dict[str, list[Path]]) -
     expected = sum(len(KINDS) * whole("", p.shape, 0).numel() for p in known.values())
     for path, layout in zip(saved[model], LAYOUTS, strict=True):
         files = sorted(path.glob("*.safetensors"))
-        assert [file.name for file in files] == [f"tp_{i:05d}_of_{layout.tp:05d}.safetensors" for i in range(layout.tp)]
+        assert [file.name for file in files] == [
+            f"part_{i:05d}_of_{layout.tp:05d}.safetensors" for i in range(layout.tp)
+        ]
         times = {f"{kind}/{name}": torch.zeros(p.shape) for name, p in known.items() for kind in KINDS}
         numbers = 0
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 numbers += sum(opened.get_tensor(key).numel() for key in opened.keys())  # noqa: SIM118
                 for entry in json.loads(opened.metadata()["slices"]):
-                    stop = entry["start"] + entry["size"]
-                    count = times[entry["tensor"]]
-                    place = count.narrow(entry["dim"], entry["start"], stop - entry["start"]) if count.dim() else count
+                    box = tuple(slice(i, i + n) for i, n in zip(entry["start"], entry["size"], strict=True))
+                    place = times[entry["tensor"]][box]
                     place += 1
                     assert opened.get_tensor(entry["key"]).shape == place.shape
         assert numbers == expected
@@ -125,7 +126,7 @@ def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
     write(tmp_path, 3)
     partial = ".step_00000003.partial"
     assert calls == [
-        f"fsync {partial}/tp_00000_of_00001.safetensors",
+        f"fsync {partial}/part_00000_of_00001.safetensors",
         f"fsync {partial}/meta.json",
         f"fsync {partial}",
         f"rename {partial}",
@@ -150,14 +151,14 @@ def test_the_latest_is_the_complete_one_of_the_highest_step(tmp_path: Path) -> N
     (tmp_path / ".step_00002000.partial" / "meta.json").write_text("{}")
     (tmp_path / "step_00003000").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00001000"
-    assert read_meta(tmp_path / "step_00001000") == {"step": 1000, "tp": 1}
+    assert read_meta(tmp_path / "step_00001000") == {"step": 1000, "parts": 1}
 
 
 def test_pruning_keeps_the_latest_and_removes_leftovers(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 10)
     for left in (".step_00000009.partial", ".step_00000003.replaced", ".step_00000001.removed"):
         (tmp_path / left).mkdir()
-        (tmp_path / left / "tp_00000_of_00001.safetensors").write_bytes(b"x")
+        (tmp_path / left / "part_00000_of_00001.safetensors").write_bytes(b"x")
     (tmp_path / "notes").mkdir()
     prune_checkpoints(tmp_path, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", *(f"step_{i:08d}" for i in (1, 2, 3, 10))]

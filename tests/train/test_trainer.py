@@ -15,10 +15,11 @@ from tpformer import Key, Mesh
 from tpformer.data import TokenSampler, unigram_entropy
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel_config import ParallelConfig
+from tpformer.train.build import build as build_training
 from tpformer.train.config import TrainConfig
 from tpformer.train.optimizer import Optimizer, learning_rate
 from tpformer.train.step import train_step
-from tpformer.train.trainer import Trainer, TrainReport, build_model
+from tpformer.train.trainer import Trainer, TrainReport
 
 
 def train(settings: TrainConfig[Any], layout: Layout, directory: Path) -> tuple[TrainReport, int]:
@@ -121,6 +122,6 @@ def test_a_seed_is_of_the_weights_the_data_and_dropout(tmp_path: Path) -> None:
 
 def test_sizes_that_are_zero_are_the_data_s() -> None:
     settings = config()
-    model = build_model(replace(settings, model=replace(settings.model, max_seq_len=0)), Mesh(), 300)
+    model = build_training(replace(settings, model=replace(settings.model, max_seq_len=0)), Mesh(), 300).model
     assert (model.config.vocab_size, model.config.max_seq_len) == (300, 16)
-    assert build_model(settings, Mesh(), 257).config.max_seq_len == 16
+    assert build_training(settings, Mesh(), 257).model.config.max_seq_len == 16

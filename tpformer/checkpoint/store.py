@@ -1,8 +1,8 @@
-"""Checkpoints of a run: safetensors and JSON, atomic, readable at any tensor- and data-parallel degree.
+"""Checkpoints of a run: safetensors and JSON, atomic, readable at any layout.
 
     checkpoints/step_00000400/
       meta.json                        step, and whatever else the trainer wants to know again
-      tp_00000_of_00002.safetensors    the slices that each tp rank owns; the header says where they belong
+      part_00000_of_00002.safetensors  the slices that each rank of a replica owns; the header says where they belong
 
 A checkpoint is written to a directory of another name, which is renamed at the end: a process killed at any
 moment leaves the former checkpoints whole. No pickle is written or read.
@@ -42,16 +42,19 @@ def save_checkpoint(
     final = directory / f"step_{step:08d}"
     partial = directory / f".step_{step:08d}.partial"
     chief = mesh.world.rank == 0
+    shard = mesh.dp_shard
+    parts = mesh.pp.size * shard.size * mesh.tp.size
+    number = (mesh.pp.rank * shard.size + shard.rank) * mesh.tp.size + mesh.tp.rank
 
     def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
     def write() -> None:
-        _write_parts(partial / f"tp_{mesh.tp.rank:05d}_of_{mesh.tp.size:05d}.safetensors", tensors, known)
+        _write_parts(partial / _part_name(number, parts), tensors, known)
 
     def publish() -> None:
-        (partial / "meta.json").write_text(json.dumps({"step": step, "tp": mesh.tp.size, **meta}, indent=1) + "\n")
+        (partial / "meta.json").write_text(json.dumps({"step": step, "parts": parts, **meta}, indent=1) + "\n")
         _sync(partial / "meta.json")
         _sync(partial)
         if final.exists():  # a step that is saved again: the old one goes only when the new one is in place
@@ -65,7 +68,7 @@ def save_checkpoint(
 
     try:
         _together(prepare if chief else None, mesh)
-        _together(write if mesh.dp.rank == 0 else None, mesh)  # replicas hold the same
+        _together(write if mesh.dp_replicate.rank == 0 else None, mesh)  # replicas hold the same
         _together(publish if chief else None, mesh)
     except Exception:
         if chief:  # the disk may be full of it
@@ -75,7 +78,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, tensors: dict[str, Tensor], known: dict[str, Placement], mesh: Mesh) -> dict[str, Any]:
-    """Fill this rank's parts from a checkpoint written at any tp and dp, in place, and return its meta; collective.
+    """Fill this rank's parts from a checkpoint written at any layout, in place, and return its meta; collective.
 
     Each rank reads only its slices. Raises ValueError, on every rank and naming the file or tensor, for a
     missing or damaged file, and for a tensor that is missing or has another shape.
@@ -84,7 +87,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor], known: dict[str, Pla
 
     def read() -> None:
         meta.update(read_meta(path))
-        names = [f"tp_{rank:05d}_of_{meta['tp']:05d}.safetensors" for rank in range(meta["tp"])]
+        names = [_part_name(number, meta["parts"]) for number in range(meta["parts"])]
         where: dict[str, list[_Slice]] = {}
         for stored in (s for name in names for s in _slices_of(path / name)):
             where.setdefault(stored.tensor, []).append(stored)
@@ -99,7 +102,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint. Raises ValueError if there is none, or if it lacks the step or the layout."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        return {**meta, "step": int(meta["step"]), "tp": int(meta["tp"])}
+        return {**meta, "step": int(meta["step"]), "parts": int(meta["parts"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a checkpoint: its meta.json is missing or damaged ({error})") from error
 
@@ -122,15 +125,25 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
 
 @dataclass(frozen=True)
 class _Slice:
-    """One stored slice: [start, start + size) along `dim` of the whole `tensor` of `shape`."""
+    """One stored box: [start, start + size) along each dim of the whole `tensor` of `shape`."""
 
     file: Any
     tensor: str
     key: str
     shape: list[int]
-    dim: int
-    start: int
-    size: int
+    start: list[int]
+    size: list[int]
+
+
+def _part_name(number: int, parts: int) -> str:
+    return f"part_{number:05d}_of_{parts:05d}.safetensors"
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Where a slice of a whole tensor of this shape begins, and how long it is, along each dim."""
+    ranges = [each.indices(length) for each, length in zip(index, shape, strict=False)]
+    ranges += [(0, length, 1) for length in shape[len(ranges) :]]
+    return [first for first, _, _ in ranges], [last - first for first, last, _ in ranges]
 
 
 def _write_parts(path: Path, tensors: dict[str, Tensor], known: dict[str, Placement]) -> None:
@@ -139,18 +152,14 @@ def _write_parts(path: Path, tensors: dict[str, Tensor], known: dict[str, Placem
     entries = []
     for name, local in tensors.items():
         placement = known[name.split("/", 1)[-1]]
-        for number, (piece, _, ours) in enumerate(placement.slices()):
+        for number, (piece, whole, ours) in enumerate(placement.slices() if placement.counts else ()):
             if piece.copy:
                 continue
             key = f"{name}#{number}"
             # a copy even on the CPU: safetensors refuses views that share memory
             stored[key] = local[ours].detach().to("cpu", copy=True).contiguous()
-            place = {
-                "shape": list(placement.shape),
-                "dim": placement.dim,
-                "start": piece.start,
-                "size": piece.size,
-            }
+            start, size = _box(whole, placement.shape)
+            place = {"shape": list(placement.shape), "start": start, "size": size}
             entries.append({"tensor": name, "key": key, **place})
     try:
         save_file(stored, path, metadata={"slices": json.dumps(entries)})
@@ -168,20 +177,21 @@ def _read_parts(name: str, local: Tensor, placement: Placement, slices: list[_Sl
         )
     with torch.no_grad():
         local.zero_()
-        for piece, _, ours in placement.slices():
+        for _, whole, ours in placement.slices():
             view, filled = local[ours], 0
+            begin, length = _box(whole, placement.shape)
             for s in slices:
-                start, stop = max(s.start, piece.start), min(s.start + s.size, piece.start + piece.size)
-                if start >= stop:
+                first = [max(a, b) for a, b in zip(begin, s.start, strict=True)]
+                last = [min(a + n, b + m) for a, n, b, m in zip(begin, length, s.start, s.size, strict=True)]
+                if any(i >= j for i, j in zip(first, last, strict=True)):
                     continue
-                before = (slice(None),) * placement.dim
-                stored = s.file.get_slice(s.key)
-                index = (*before, slice(start - s.start, stop - s.start)) if placement.shape else ...
-                target = (*before, slice(start - piece.start, stop - piece.start)) if placement.shape else ()
-                view[target] = stored[index].to(view)
-                filled += stop - start
-            if filled != piece.size:
-                raise ValueError(f"{name}: {path} holds {filled} of the {piece.size} rows from {piece.start} on")
+                source = tuple(slice(i - b, j - b) for i, j, b in zip(first, last, s.start, strict=True))
+                target = tuple(slice(i - a, j - a) for i, j, a in zip(first, last, begin, strict=True))
+                part = s.file.get_slice(s.key)[source if source else ...]
+                view[target] = part.to(view)
+                filled += part.numel()
+            if filled != view.numel():
+                raise ValueError(f"{name}: {path} holds {filled} of the {view.numel()} elements from {begin} on")
 
 
 def _slices_of(path: Path) -> list[_Slice]:

@@ -1,6 +1,7 @@
 """Where a linear layer leaves its weight's gradient, if somebody sums it over the micro-batches of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ class GradientSum:
         self.total = total
         self.empty, self.closed = True, False
         """Holds nothing of this step yet; takes nothing more in this step."""
+        self.waiting: list[Callable[[], None]] | None = None
+        """Where products are put to be multiplied later; None: at once."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """None, in a copy of a model: nobody would read what its layers add there."""
@@ -37,6 +40,12 @@ class GradientSum:
 
     def add_products(self, dys: Sequence[Tensor], x: Tensor, backend: Backend) -> None:
         """Add dyᵀ x (see write_products), of one use. Raises RuntimeError if the sum has been sent off."""
+        if self.waiting is not None:
+            self.waiting.append(partial(self._add_products, dys, x, backend))
+        else:
+            self._add_products(dys, x, backend)
+
+    def _add_products(self, dys: Sequence[Tensor], x: Tensor, backend: Backend) -> None:
         self._check_open()
         write_products(self.total, dys, x, self.empty, backend)
         self.empty = False

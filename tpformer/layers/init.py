@@ -20,10 +20,10 @@ def draw(local: Tensor, placement: Placement, key: Key, distribution: Callable[[
     """
     with torch.no_grad():
         local.zero_()
-        for piece, _, ours in placement.slices():
+        for _, theirs, ours in placement.slices():
             view = local[ours] if local.dim() == 2 else local[ours].unsqueeze(0)
-            first_row = piece.start if placement.dim == 0 and local.dim() == 2 else 0
-            first_column = 0 if placement.dim == 0 and local.dim() == 2 else piece.start
+            starts = [index.start or 0 for index in theirs]
+            first_row, first_column = [*starts, 0][:2] if local.dim() == 2 else (0, starts[0])
             for rows in range(0, view.shape[0], step := max(1, CHUNK // view.shape[1])):
                 part = view[rows : rows + step]
                 index = torch.arange(first_row + rows, first_row + rows + part.shape[0], device=local.device)

@@ -1,14 +1,50 @@
 """What the decoder families share; each takes these functions as its methods, there is no base class."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from tpformer.collectives import gather_features
 from tpformer.layers.cross_entropy import LossOptions
+from tpformer.layers.embedding import VocabParallelEmbedding
 from tpformer.layers.linear import column_linear
 from tpformer.layers.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from tpformer.random import Key
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a process builds of a decoder, if not all of it: some blocks, by number, and maybe its two ends.
+
+    first: the embedding. last: the final norm and the head, for tied weights a second copy of the embedding.
+    """
+
+    layers: tuple[int, ...]
+    first: bool
+    last: bool
+
+    @staticmethod
+    def whole(num_layers: int) -> "Part":
+        """All of a model."""
+        return Part(tuple(range(num_layers)), True, True)
+
+
+def tie_to_first(part: Part, embedding: VocabParallelEmbedding) -> VocabParallelEmbedding:
+    """The embedding, which a tied head reads too: on another process than the first one it is a replica."""
+    if not part.first:
+        weight = embedding.placements["weight"]
+        embedding.placements["weight"] = replace(weight, replica=1)
+    return embedding
+
+
+def run_blocks(self: Any, x: Tensor, layers: Iterable[int] | None = None, *, key: Key | None = None) -> Tensor:
+    """x (b, s, d), or (b, s/tp, d) under sequence parallelism, through the blocks of these numbers; by default all."""
+    rope = self.rope(x)
+    for name in self.blocks if layers is None else map(str, layers):
+        x = self.blocks[name](x, rope, key and key.fold("block", name))
+    return x
 
 
 def check_length(tokens: Tensor, max_seq_len: int) -> None:
@@ -30,9 +66,18 @@ def full_logits(self: Any, tokens: Tensor) -> Tensor:
     return gather_features(self(tokens), self.mesh.tp)[..., : self.config.vocab_size]
 
 
+def hidden_states(self: Any, tokens: Tensor, *, key: Key | None = None) -> Tensor:
+    """int64 (b, s) -> what the head multiplies, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
+    return self.norm(self.run_blocks(self.embed(tokens, key), key=key))
+
+
 def loss(self: Any, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
     """Mean cross entropy in nats per token, targets (b, s) with -100 ignored; whole logits never exist."""
+    return self.head_loss(self.hidden_states(tokens, key=key), targets, z_loss)
+
+
+def head_loss(self: Any, x: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """What the final norm gives, (b, s, d) or (b, s/tp, d), and targets (b, s) -> mean loss in nats per token."""
     weight = self.embedding.weight if self.head is None else self.head.weight
-    x = self.hidden_states(tokens, key=key)
     options: LossOptions = {"vocab_size": self.config.vocab_size, "backend": self.config.backend, "z_loss": z_loss}
     return vocab_parallel_linear_cross_entropy(x, weight, targets, self.mesh, **options)

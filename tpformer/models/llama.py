@@ -1,6 +1,7 @@
 """The Llama family: Llama 1 to 3, Mistral, Qwen2 and Qwen3 are configs of it (arXiv 2302.13971, 2407.21783)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,17 @@ from tpformer.layers.mlp import GatedMLP
 from tpformer.layers.norm import RMSNorm
 from tpformer.layers.rope import RopeScaling, rope_table
 from tpformer.mesh import Mesh, divide
-from tpformer.models.decoder import check_length, full_logits, loss, to_logits
+from tpformer.models.decoder import (
+    Part,
+    check_length,
+    full_logits,
+    head_loss,
+    hidden_states,
+    loss,
+    run_blocks,
+    tie_to_first,
+    to_logits,
+)
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
 from tpformer.random import Key
@@ -125,23 +136,28 @@ class Llama(nn.Module):
     """Llama decoder: tokens (b, s) -> this rank's slice of the logits (b, s, padded_vocab/tp).
 
     Parameter names and whole shapes do not depend on the layout, nor do the initial weights of one seed.
+    part: the blocks and ends that this process has, if not all (pipelines). seed None leaves it on the meta device.
     Raises ValueError for a config that the mesh cannot split.
     """
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh = Mesh(), *, seed: int = 0):
+    def __init__(self, config: LlamaConfig, mesh: Mesh = Mesh(), *, seed: int | None = 0, part: Part | None = None):
         super().__init__()
         self.config, self.mesh = config, mesh
-        c = config
+        c, part = config, part or Part.whole(config.num_layers)
         with torch.device("meta"):
-            self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
-            self.blocks = nn.ModuleDict({str(i): self._block() for i in range(c.num_layers)})  # names are global
-            self.norm = RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend)
-            self.head = (
-                None
-                if c.tie_embeddings
-                else VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh, backend=c.backend)
-            )
-        init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
+            self.embedding: Any = None
+            self.norm: Any = None
+            self.head: Any = None
+            if part.first or (part.last and c.tie_embeddings):
+                embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
+                self.embedding = tie_to_first(part, embedding)
+            self.blocks = nn.ModuleDict({str(i): self._block() for i in part.layers})  # names are global
+            if part.last:
+                self.norm = RMSNorm(c.hidden_size, c.norm_eps, mesh=mesh, backend=c.backend)
+            if part.last and not c.tie_embeddings:
+                self.head = VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh, backend=c.backend)
+        if seed is not None:
+            init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
 
     def _block(self) -> DecoderBlock:
         c, mesh = self.config, self.mesh
@@ -159,18 +175,23 @@ class Llama(nn.Module):
         """int64 (b, s) -> this rank's logits (b, s, padded_vocab/tp); a key switches dropout on."""
         return self.to_logits(self.hidden_states(tokens, key=key))
 
-    def hidden_states(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
-        """int64 (b, s) -> what the head multiplies, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
+    def embed(self, tokens: Tensor, key: Key | None = None) -> Tensor:
+        """int64 (b, s) -> what the first block reads, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
         c = self.config
         check_length(tokens, c.max_seq_len)
-        x = self.embedding(tokens)  # (b, s, d); from here to the head (b, s/tp, d) if sequence-parallel
-        x = residual_dropout(x, None, c.dropout, key and key.fold("embedding"), self.mesh, backend=c.backend)
-        rope = rope_table(tokens.shape[1], c.attention.head_dim, c.rope_theta, c.rope_scaling, like=x)
-        for name, block in self.blocks.items():
-            x = block(x, rope, key and key.fold("block", name))
-        return self.norm(x)
+        x = self.embedding(tokens)
+        return residual_dropout(x, None, c.dropout, key and key.fold("embedding"), self.mesh, backend=c.backend)
 
+    def rope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotations of every position of x (b, s, d) or (b, s/tp, d)."""
+        c = self.config
+        length = x.shape[1] * (self.mesh.tp.size if self.mesh.sequence_parallel else 1)
+        return rope_table(length, c.attention.head_dim, c.rope_theta, c.rope_scaling, like=x)
+
+    run_blocks = run_blocks
+    hidden_states = hidden_states
     to_logits = to_logits
     full_logits = full_logits
     loss = loss
+    head_loss = head_loss
     generate = generate

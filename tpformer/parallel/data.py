@@ -54,6 +54,11 @@ class GradientBuckets:
         """Before each micro-batch's backward: is it the step's last one?"""
         self._last = last
 
+    def postpone(self, waiting: list[Callable[[], None]] | None) -> None:
+        """Put the gradients of linear layers' weights there, to be computed when called; None: compute them at once."""
+        for name in self._direct:
+            self._sums[name].waiting = waiting
+
     def finish(self) -> dict[str, Tensor]:
         """The whole step's gradient of every parameter, by name; valid until the next step's first backward."""
         views = {name: gradient.total for name, gradient in self._sums.items()}

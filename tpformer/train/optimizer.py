@@ -78,13 +78,13 @@ def gradient_norm(
 ) -> tuple[float, float]:
     """The L2 norm of the whole model's gradient, and the mean over the replicas of `loss`: one all-reduce.
 
-    Every element counts once: copies on one tp rank only, replicas on one dp rank only.
+    Every element counts once: copies on one tp rank only, replicas on one dp rank, tied weights on one stage.
     """
     counted = [
         gradients[name][ours]
         for name in gradients
         for piece, _, ours in known[name].slices()
-        if piece.copy == 0 and mesh.dp.rank == 0
+        if piece.copy == 0 and known[name].counts
     ]
     sums = torch.zeros(2, dtype=torch.float64, device=loss.device)
     if counted:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tpformer.mesh import Mesh
 from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel.pipeline import Pipeline
 from tpformer.random import Key
 from tpformer.train.optimizer import Optimizer
 
@@ -36,14 +37,23 @@ def train_step(
     key: of this step's dropout. Every tp rank of a replica passes the same samples, each replica its own.
     """
     mesh: Mesh = model.mesh
-    parts = samples.to(mesh.device, non_blocking=True).split(micro_batch_size)
-    total = torch.zeros((), device=mesh.device)
-    for number, part in enumerate(parts):
-        place = None if key is None else Key(key.seed, mesh.dp.rank * len(samples) + number * micro_batch_size)
-        share = len(part) / len(samples)
-        loss = model.loss(part[:, :-1], part[:, 1:], key=place, z_loss=z_loss) * share
-        buckets.start(last=number == len(parts) - 1)
-        (loss / mesh.dp.size).backward()
-        total = total + loss.detach()
-    norm, mean_loss = optimizer.step(buckets.finish(), lr, total)
+    samples = samples.to(mesh.device, non_blocking=True)
+    place = None if key is None else Key(key.seed, mesh.dp.rank * len(samples))
+    scale = 1 / mesh.dp.size
+    if isinstance(model, Pipeline):
+        total = model.backward(samples, key=place, z_loss=z_loss, scale=scale)
+    else:
+        total = torch.zeros((), device=mesh.device)
+        for first in range(0, len(samples), micro_batch_size):
+            part = samples[first : first + micro_batch_size]
+            share = len(part) / len(samples)
+            here = None if place is None else Key(place.seed, place.sample + first)
+            loss = model.loss(part[:, :-1], part[:, 1:], key=here, z_loss=z_loss) * share
+            buckets.start(last=first + len(part) == len(samples))
+            (loss * scale).backward()
+            total = total + loss.detach()
+    gradients = buckets.finish()
+    if isinstance(model, Pipeline):
+        model.sum_tied(gradients)
+    norm, mean_loss = optimizer.step(gradients, lr, total)
     return StepReport(mean_loss, norm)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, prune_
 from tpformer.collectives import all_reduce_
 from tpformer.data import TokenSampler, unigram_entropy
 from tpformer.mesh import Mesh, divide
-from tpformer.models.gpt import GPT, GPTConfig
-from tpformer.models.llama import Llama
-from tpformer.parallel.data import GradientBuckets
+from tpformer.models.generate import generate
 from tpformer.random import Key
 from tpformer.trace import Trace, trace_communication
+from tpformer.train.build import build
 from tpformer.train.config import TrainConfig
 from tpformer.train.corpus import Corpus
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
-from tpformer.train.optimizer import Optimizer, learning_rate
+from tpformer.train.optimizer import learning_rate
 from tpformer.train.step import StepReport, train_step
 
 
@@ -51,10 +50,9 @@ class Trainer:
         self.replica_batch = divide(run.batch_size, mesh.dp.size, "batch_size", "dp")
         self.sampler = TokenSampler(corpus.train, data.seq_len, run.seed, corpus.vocab_size)
         self.held_out = TokenSampler(corpus.validation, data.seq_len, run.seed, corpus.vocab_size, shuffle=False)
-        self.model = build_model(config, mesh, corpus.vocab_size)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.parallel.precision)
-        self.optimizer = Optimizer(self.model, mesh, config.optimizer, dtype)
-        self.buckets = GradientBuckets(self.model, mesh)
+        built = build(config, mesh, corpus.vocab_size)
+        self.model, self.runner = built.model, built.runner
+        self.gradients, self.optimizer = built.gradients, built.optimizer
         self.step = self._resume() if run.resume else 0
         self.chief = mesh.world.rank == 0
         self.metrics = MetricsFile(directory / "metrics.jsonl", self.step) if self.chief else None
@@ -83,7 +81,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         with torch.no_grad():
             for samples in self._held_out_batches(count):
-                loss = self.model.loss(samples[:, :-1], samples[:, 1:])
+                loss = self.runner.loss(samples[:, :-1], samples[:, 1:])
                 total += loss.double() * len(samples)
         return all_reduce_(total, self.mesh.dp).item() / count
 
@@ -107,9 +105,9 @@ class Trainer:
         }
         if self.trace is None:  # the first step of this process, for the table of collectives
             with trace_communication() as self.trace:
-                report = train_step(self.model, self.buckets, self.optimizer, **arguments)
+                report = train_step(self.runner, self.gradients, self.optimizer, **arguments)
         else:
-            report = train_step(self.model, self.buckets, self.optimizer, **arguments)
+            report = train_step(self.runner, self.gradients, self.optimizer, **arguments)
         self.step += 1
         return report
 
@@ -168,22 +166,9 @@ class Trainer:
         if tokenizer is None or not run.sample_tokens or not run.prompt:
             return ""
         tokens = torch.tensor([tokenizer.encode(run.prompt).tolist()], device=self.mesh.device)
-        ids = self.model.generate(tokens, max_new_tokens=run.sample_tokens, temperature=0.8, top_k=40, seed=run.seed)
+        options: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "seed": run.seed}
+        ids = generate(self.runner, tokens, max_new_tokens=run.sample_tokens, **options)
         return tokenizer.decode(ids[0].tolist())
-
-
-def build_model(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Any:
-    """The configured model; vocab_size and max_seq_len of 0 become the data's."""
-    if mesh.pp.size > 1:
-        raise ValueError(f"pp ({mesh.pp.size}) must be 1: these models are not cut into pipeline stages")
-    seq_len = config.data.seq_len
-    model = replace(config.model, vocab_size=vocab_size, max_seq_len=config.model.max_seq_len or seq_len)
-    if seq_len > model.max_seq_len:
-        raise ValueError(f"seq_len ({seq_len}) must be at most max_seq_len ({model.max_seq_len})")
-    if mesh.sequence_parallel:
-        divide(seq_len, mesh.tp.size, "seq_len")
-    kind: Any = GPT if isinstance(model, GPTConfig) else Llama
-    return kind(model, mesh, seed=config.run.seed)
 
 
 def _due(step: int, interval: int) -> bool:

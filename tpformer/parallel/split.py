@@ -1,0 +1,92 @@
+"""Which stage of a pipeline has which layers, and which process has which stages; plain numbers, no processes."""
+
+from itertools import accumulate
+from typing import Any
+
+from tpformer.models.decoder import Part
+from tpformer.parallel_config import V_SHAPED, ParallelConfig
+
+
+def stage_parts(model: Any, config: ParallelConfig, seq_len: int) -> list[Part]:
+    """The part of each pipeline stage of a model config, first to last.
+
+    Raises ValueError if there are fewer blocks than stages, or layers_per_stage does not add up.
+    """
+    layers, stages = model.num_layers, config.num_stages
+    counts = list(config.layers_per_stage)
+    if counts and sum(counts) != layers:
+        raise ValueError(f"layers_per_stage {tuple(counts)} adds up to {sum(counts)}, but num_layers is {layers}")
+    if layers < stages:
+        raise ValueError(f"num_layers ({layers}) must be at least the number of pipeline stages ({stages})")
+    counts = counts or balanced(layers, stages, *layer_costs(model, seq_len))
+    ends = list(accumulate(counts))
+    return [
+        Part(tuple(range(end - count, end)), number == 0, number == stages - 1)
+        for number, (count, end) in enumerate(zip(counts, ends, strict=True))
+    ]
+
+
+def layer_costs(model: Any, seq_len: int) -> tuple[float, float, float]:
+    """FLOPs a token of the embedding, a block, and the head with its loss, forward and backward.
+
+    The embedding multiplies nothing: it is counted as its reads and writes, an addition a number.
+    """
+    head = 6.0 * model.vocab_size * model.hidden_size
+    block = (model.flops_per_token(seq_len) - head) / model.num_layers
+    return 3.0 * model.hidden_size, block, head
+
+
+def balanced(layers: int, stages: int, first: float, block: float, last: float) -> list[int]:
+    """Blocks of each stage, at least one, such that the squares of the stages' costs add up to least.
+
+    first and last: what the first and the last stage cost beside their blocks.
+    """
+
+    def cost(stage: int, count: int) -> float:
+        return (count * block + first * (stage == 0) + last * (stage == stages - 1)) ** 2
+
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # blocks that are placed: the cost, the counts
+    for stage in range(stages):
+        left = stages - stage - 1
+        found: dict[int, tuple[float, list[int]]] = {}
+        for placed, (total, counts) in best.items():
+            for count in range(1, layers - placed - left + 1):
+                candidate = total + cost(stage, count), [*counts, count]
+                found[placed + count] = min(found.get(placed + count, candidate), candidate)
+        best = found
+    return best[layers][1]
+
+
+def stages_of(rank: int, config: ParallelConfig) -> list[int]:
+    """The stages of one rank of the pp axis, in ascending order."""
+    return [stage for stage in range(config.num_stages) if rank_of(stage, config) == rank]
+
+
+def rank_of(stage: int, config: ParallelConfig) -> int:
+    """The rank on the pp axis that has a stage: round and round, or down and up again for V-shaped schedules."""
+    if config.pp_schedule in V_SHAPED and stage >= config.pp:
+        return 2 * config.pp - 1 - stage
+    return stage % config.pp
+
+
+def part_of(rank: int, parts: list[Part], config: ParallelConfig) -> Part:
+    """All that one rank of the pp axis builds."""
+    mine = [parts[stage] for stage in stages_of(rank, config)]
+    layers = tuple(layer for part in mine for layer in part.layers)
+    return Part(layers, any(part.first for part in mine), any(part.last for part in mine))
+
+
+def check_micro_batches(config: ParallelConfig, count: int) -> None:
+    """Raises ValueError if the schedule cannot run this number of micro-batches."""
+    schedule, pp = config.pp_schedule, config.pp
+    least = {"gpipe": 1, "dualpipev": 2 * pp}.get(schedule, pp)
+    if count < least:
+        raise ValueError(
+            f"pp_schedule ({schedule}) on pp ({pp}) needs at least {least} micro-batches, not {count}: "
+            "make micro_batch_size smaller or batch_size larger"
+        )
+    rounds = max(1, count // pp)
+    if schedule.startswith("interleaved") and count % rounds:
+        raise ValueError(
+            f"pp_schedule ({schedule}) runs {count} micro-batches in {rounds} rounds, by which they must be divisible"
+        )

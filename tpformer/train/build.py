@@ -1,0 +1,65 @@
+"""From a configuration to what trains: this process's part of the model, its stages, its gradients, its optimizer."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tpformer.mesh import Mesh, divide
+from tpformer.models.gpt import GPT, GPTConfig
+from tpformer.models.llama import Llama
+from tpformer.models.stage import DecoderStage
+from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel.pipeline import MicroBatches, Pipeline
+from tpformer.parallel.split import part_of, stage_parts, stages_of
+from tpformer.train.config import TrainConfig
+from tpformer.train.optimizer import Optimizer
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model laid out for training; `runner` has its loss, logits and, in a pipeline, backward."""
+
+    model: Any
+    runner: Any
+    gradients: GradientBuckets
+    optimizer: Optimizer
+
+
+def build(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Training:
+    """Lay the configured model out on the mesh; vocab_size and max_seq_len of 0 become the data's.
+
+    Raises ValueError for a config that does not fit the mesh.
+    """
+    layout, seq_len = config.parallel, config.data.seq_len
+    sizes = model_config(config, mesh, vocab_size)
+    parts = stage_parts(sizes, layout, seq_len)
+    kind: Any = GPT if isinstance(sizes, GPTConfig) else Llama
+    model = kind(sizes, mesh, seed=config.run.seed, part=part_of(mesh.pp.rank, parts, layout))
+    stages = {number: DecoderStage(model, parts[number]) for number in stages_of(mesh.pp.rank, layout)}
+    optimizer = Optimizer(model, mesh, config.optimizer, DTYPES[layout.precision])
+    gradients = GradientBuckets(model, mesh)
+    if mesh.pp.size == 1:
+        return Training(model, stages[0], gradients, optimizer)
+    batches = micro_batches(config, mesh, next(model.parameters()).dtype)
+    return Training(model, Pipeline(stages, mesh, layout, gradients, batches), gradients, optimizer)
+
+
+def model_config(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Any:
+    """The model's sizes, completed by the data's; raises ValueError if the two do not fit."""
+    seq_len = config.data.seq_len
+    model = replace(config.model, vocab_size=vocab_size, max_seq_len=config.model.max_seq_len or seq_len)
+    if seq_len > model.max_seq_len:
+        raise ValueError(f"seq_len ({seq_len}) must be at most max_seq_len ({model.max_seq_len})")
+    if mesh.sequence_parallel:
+        divide(seq_len, mesh.tp.size, "seq_len")
+    return model
+
+
+def micro_batches(config: TrainConfig[Any], mesh: Mesh, dtype: torch.dtype) -> MicroBatches:
+    """How a replica's batch is cut for a pipeline; raises ValueError if it cannot be cut into equal parts."""
+    mine = divide(config.run.batch_size, mesh.dp.size, "batch_size", "dp")
+    size = config.run.micro_batch_size or mine
+    return MicroBatches(divide(mine, size, "batch_size / dp", "micro_batch_size"), size, config.data.seq_len, dtype)
