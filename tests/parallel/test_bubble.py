@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.distributed.pipelining.schedules import Schedule1F1B, get_schedule_class
 
 from tpformer.parallel.bubble import Action, Order, disorder, schedule_order, simulate, theoretical_bubble
+from tpformer.parallel.split import stages_of
 from tpformer.parallel.timeline import Kind, Span, idle_seconds, idle_share
-from tpformer.parallel_config import V_SHAPED, ZERO_BUBBLE, Schedule
+from tpformer.parallel_config import V_SHAPED, ZERO_BUBBLE, ParallelConfig, Schedule
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 LETTERS: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
@@ -160,10 +161,7 @@ def what_torch_runs(schedule: Schedule, pp: int, rank: int, micro_batches: int, 
 def test_the_order_is_what_torch_runs(schedule: Schedule, pp: int) -> None:
     for m in (2 * pp, 4 * pp):
         for rank, actions in enumerate(schedule_order(schedule, pp, m)):
-            if schedule in ("gpipe", "1f1b"):
-                stages = [rank]
-            else:
-                stages = [rank, 2 * pp - 1 - rank] if schedule in V_SHAPED else [rank, rank + pp]
+            stages = stages_of(rank, ParallelConfig(pp=pp, pp_schedule=schedule))
             assert what_torch_runs(schedule, pp, rank, m, stages) == actions
             assert len(set(actions)) == len(actions)
 
@@ -188,13 +186,14 @@ def test_no_process_is_needed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("1f1b", 4, 3), r"1f1b needs at least as many micro-batches \(3\) as stages \(4\)"),
-        (("gpipe", 4, 0), r"micro_batches \(0\) must be at least 1"),
+        (("1f1b", 4, 3), r"pp_schedule \(1f1b\) on pp \(4\) needs at least 4 micro-batches, not 3"),
+        (("gpipe", 4, 0), "needs at least 1 micro-batches, not 0"),
+        (("zbv", 1, 0), "needs at least 1 micro-batches, not 0"),
         (("gpipe", 0, 4), r"pp \(0\) must be at least 1"),
         (("gpipe", 2, 4, 2), "gpipe"),
         (("zbv", 2, 4, 3), "zbv"),
-        (("dualpipev", 2, 3), "3 microbatches and 4 stages"),
-        (("interleaved_1f1b", 2, 5), "multiple of the number of rounds"),
+        (("dualpipev", 2, 3), "needs at least 4 micro-batches, not 3"),
+        (("interleaved_1f1b", 2, 5), "5 micro-batches in 2 rounds"),
         (("breadth_first", 2, 4), "pp_schedule"),
     ],
 )
