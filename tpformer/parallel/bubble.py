@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from tpformer.parallel.split import check_micro_batches
 from tpformer.parallel.timeline import Kind, Span, idle_share
 from tpformer.parallel_config import ParallelConfig, Schedule
 
@@ -48,15 +49,12 @@ def schedule_order(schedule: Schedule, pp: int, micro_batches: int, stages_per_r
     Raises ValueError as ParallelConfig does, and where the schedule cannot run that many micro-batches.
     """
     config = ParallelConfig(pp=pp, pp_schedule=schedule, stages_per_rank=stages_per_rank)
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches ({micro_batches}) must be at least 1")
+    check_micro_batches(config if pp > 1 else ParallelConfig(), micro_batches)
     if pp == 1:
         return [_one_stage_order(0, micro_batches, 1)]
     if schedule == "gpipe":
         return [_one_stage_order(rank, micro_batches, micro_batches) for rank in range(pp)]
     if schedule == "1f1b":
-        if micro_batches < pp:
-            raise ValueError(f"1f1b needs at least as many micro-batches ({micro_batches}) as stages ({pp}); use gpipe")
         return [_one_stage_order(rank, micro_batches, pp - rank) for rank in range(pp)]
     return _torch_order(schedule, pp, micro_batches, config.num_stages)
 
