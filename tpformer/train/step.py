@@ -18,6 +18,10 @@ class StepReport:
 
     loss: float
     grad_norm: float
+    loss_scale: float = 1.0
+    """Of this step's backward; neither number above is a multiple of it."""
+    skipped: bool = False
+    """A number was not finite: no weight changed, and the next step's scale is smaller."""
 
 
 def train_step(
@@ -36,6 +40,7 @@ def train_step(
     key: of this step's dropout. Every tp rank of a replica passes the same samples, each replica its own.
     """
     mesh: Mesh = model.mesh
+    scale, steps = optimizer.loss_scale, optimizer.steps
     parts = samples.to(mesh.device, non_blocking=True).split(micro_batch_size)
     total = torch.zeros((), device=mesh.device)
     for number, part in enumerate(parts):
@@ -43,7 +48,7 @@ def train_step(
         share = len(part) / len(samples)
         loss = model.loss(part[:, :-1], part[:, 1:], key=place, z_loss=z_loss) * share
         buckets.start(last=number == len(parts) - 1)
-        (loss / mesh.dp.size).backward()
+        (loss * scale / mesh.dp.size).backward()
         total = total + loss.detach()
     norm, mean_loss = optimizer.step(buckets.finish(), lr, total)
-    return StepReport(mean_loss, norm)
+    return StepReport(mean_loss, norm, scale, skipped=optimizer.steps == steps)

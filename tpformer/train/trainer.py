@@ -53,7 +53,7 @@ class Trainer:
         self.held_out = TokenSampler(corpus.validation, data.seq_len, run.seed, corpus.vocab_size, shuffle=False)
         self.model = build_model(config, mesh, corpus.vocab_size)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.parallel.precision)
-        self.optimizer = Optimizer(self.model, mesh, config.optimizer, dtype)
+        self.optimizer = Optimizer(self.model, mesh, config.optimizer, dtype, offload=config.parallel.offload_optimizer)
         self.buckets = GradientBuckets(self.model, mesh)
         self.step = self._resume() if run.resume else 0
         self.chief = mesh.world.rank == 0
@@ -70,7 +70,7 @@ class Trainer:
                 rate = (self.step - first) * self._tokens_per_step() / (time.perf_counter() - started)
                 self._show(bar, report, rate)
                 if self.step % run.log_interval == 0 or self.step == run.steps:
-                    self._log(loss=report.loss, grad_norm=report.grad_norm, tokens_per_second=round(rate))
+                    self._log(**self._numbers(report), tokens_per_second=round(rate))
                 if _due(self.step, run.eval_interval) and self.step < run.steps:
                     self._log(validation_loss=self.evaluate())
                 if _due(self.step, run.checkpoint_interval) or self.step == run.steps:
@@ -89,7 +89,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step and let go of old ones; collective."""
-        meta = {"samples": self.step * self.config.run.batch_size, "seq_len": self.config.data.seq_len}
+        meta: dict[str, Any] = {"samples": self.step * self.config.run.batch_size, "seq_len": self.config.data.seq_len}
+        meta["updates"] = self.optimizer.steps
+        if self.optimizer.scaler is not None:
+            meta["loss_scaler"] = self.optimizer.scaler.state()
         checkpoints = self.directory / "checkpoints"
         save_checkpoint(checkpoints, self.step, self.optimizer.state(), self.optimizer.placements, meta, self.mesh)
         if self.chief:
@@ -132,7 +135,9 @@ class Trainer:
                 f"{path} was made with batch_size {meta['samples'] // meta['step']} and seq_len {meta['seq_len']}, "
                 f"not {self.config.run.batch_size} and {self.config.data.seq_len}: the order of the data would change"
             )
-        self.optimizer.load_state(tensors, meta["step"])
+        self.optimizer.load_state(tensors, meta.get("updates", meta["step"]))
+        if self.optimizer.scaler is not None and "loss_scaler" in meta:
+            self.optimizer.scaler.load_state(meta["loss_scaler"])
         return meta["step"]
 
     def _tokens_per_step(self) -> int:
@@ -146,6 +151,13 @@ class Trainer:
             flops = rate * self.model.config.flops_per_token(self.config.data.seq_len)
             shown["MFU"] = f"{flops / (peak * self.mesh.world.size):.1%}"
         bar.set_postfix(shown, refresh=False)
+
+    def _numbers(self, report: StepReport) -> dict[str, float]:
+        """What of a step is logged; JSON has no infinity."""
+        found = {"loss": report.loss, "grad_norm": report.grad_norm}
+        if self.optimizer.scaler is not None:
+            found |= {"loss_scale": report.loss_scale, "skipped_steps": self.optimizer.scaler.skipped}
+        return {name: number for name, number in found.items() if math.isfinite(number)}
 
     def _log(self, **record: Any) -> None:
         if self.metrics:
