@@ -12,7 +12,7 @@ from tpformer.layers.embedding import PositionEmbedding, VocabParallelEmbedding,
 from tpformer.layers.mlp import MLP
 from tpformer.layers.norm import LayerNorm
 from tpformer.mesh import Mesh, divide
-from tpformer.models.decoder import check_length, full_logits, loss, to_logits
+from tpformer.models.decoder import check_length, embed, full_logits, loss, to_logits
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
 from tpformer.random import Key
@@ -96,12 +96,13 @@ class GPT(nn.Module):
     """GPT-2 decoder: tokens (b, s) -> this rank's slice of the logits (b, s, padded_vocab/tp).
 
     Parameter names and whole shapes do not depend on the layout, nor do the initial weights of one seed.
+    fp32_residual: the residual stream is fp32 although the weights are bf16 or fp16.
     Raises ValueError for a config that the mesh cannot split.
     """
 
-    def __init__(self, config: GPTConfig, mesh: Mesh = Mesh(), *, seed: int = 0):
+    def __init__(self, config: GPTConfig, mesh: Mesh = Mesh(), *, seed: int = 0, fp32_residual: bool = False):
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.fp32_residual = config, mesh, fp32_residual
         c = config
         with torch.device("meta"):
             self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
@@ -134,7 +135,7 @@ class GPT(nn.Module):
     def hidden_states(self, tokens: Tensor, *, key: Key | None = None) -> Tensor:
         """int64 (b, s) -> what the head multiplies, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
         check_length(tokens, self.config.max_seq_len)
-        x = self.position(self.embedding(tokens))  # (b, s, d); from here (b, s/tp, d) if sequence-parallel
+        x = self.position(self.embed(tokens))  # (b, s, d); from here (b, s/tp, d) if sequence-parallel
         x = residual_dropout(
             x, None, self.config.dropout, key and key.fold("embedding"), self.mesh, backend=self.config.backend
         )
@@ -142,6 +143,7 @@ class GPT(nn.Module):
             x = block(x, None, key and key.fold("block", name))
         return self.norm(x)
 
+    embed = embed
     to_logits = to_logits
     full_logits = full_logits
     loss = loss

@@ -13,7 +13,7 @@ from tpformer.layers.mlp import GatedMLP
 from tpformer.layers.norm import RMSNorm
 from tpformer.layers.rope import RopeScaling, rope_table
 from tpformer.mesh import Mesh, divide
-from tpformer.models.decoder import check_length, full_logits, loss, to_logits
+from tpformer.models.decoder import check_length, embed, full_logits, loss, to_logits
 from tpformer.models.generate import generate
 from tpformer.models.init import init_weights
 from tpformer.random import Key
@@ -125,12 +125,13 @@ class Llama(nn.Module):
     """Llama decoder: tokens (b, s) -> this rank's slice of the logits (b, s, padded_vocab/tp).
 
     Parameter names and whole shapes do not depend on the layout, nor do the initial weights of one seed.
+    fp32_residual: the residual stream is fp32 although the weights are bf16 or fp16.
     Raises ValueError for a config that the mesh cannot split.
     """
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh = Mesh(), *, seed: int = 0):
+    def __init__(self, config: LlamaConfig, mesh: Mesh = Mesh(), *, seed: int = 0, fp32_residual: bool = False):
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.fp32_residual = config, mesh, fp32_residual
         c = config
         with torch.device("meta"):
             self.embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, mesh=mesh)
@@ -163,13 +164,14 @@ class Llama(nn.Module):
         """int64 (b, s) -> what the head multiplies, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
         c = self.config
         check_length(tokens, c.max_seq_len)
-        x = self.embedding(tokens)  # (b, s, d); from here to the head (b, s/tp, d) if sequence-parallel
+        x = self.embed(tokens)  # (b, s, d); from here to the head (b, s/tp, d) if sequence-parallel
         x = residual_dropout(x, None, c.dropout, key and key.fold("embedding"), self.mesh, backend=c.backend)
         rope = rope_table(tokens.shape[1], c.attention.head_dim, c.rope_theta, c.rope_scaling, like=x)
         for name, block in self.blocks.items():
             x = block(x, rope, key and key.fold("block", name))
         return self.norm(x)
 
+    embed = embed
     to_logits = to_logits
     full_logits = full_logits
     loss = loss

@@ -1,6 +1,6 @@
 """Dynamic loss scaling, for fp16."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass
@@ -42,9 +42,9 @@ class LossScaler:
             self.good_steps = 0
 
     def state(self) -> dict[str, float]:
-        """Everything, as numbers for a checkpoint's JSON."""
-        return asdict(self)
+        """What a checkpoint's JSON has to hold."""
+        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Take over what `state()` gave. Raises TypeError for a name that it never gives."""
-        vars(self).update(vars(LossScaler(**state)))  # type: ignore[arg-type]
+        """Take over what `state()` gave."""
+        self.scale, self.good_steps, self.skipped = state["scale"], int(state["good_steps"]), int(state["skipped"])

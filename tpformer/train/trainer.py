@@ -195,7 +195,7 @@ def build_model(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Any:
     if mesh.sequence_parallel:
         divide(seq_len, mesh.tp.size, "seq_len")
     kind: Any = GPT if isinstance(model, GPTConfig) else Llama
-    return kind(model, mesh, seed=config.run.seed)
+    return kind(model, mesh, seed=config.run.seed, fp32_residual=config.parallel.fp32_residual)
 
 
 def _due(step: int, interval: int) -> bool:
