@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm, alone or after adding a residual; backward keeps the input and one or two numbers a row.
 
+What is normed leaves in the dtype of x or of the weight, whichever is narrower: matmuls follow.
+
 Sources: arXiv 1910.07467 (RMSNorm), arXiv 1607.06450 (LayerNorm). The kernels are in norm_kernels.py, launched by
 norm_ops.py.
 """
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpformer_kernels.backend import Backend, use_triton
-from tpformer_kernels.norm_ops import norm_backward, norm_forward
+from tpformer_kernels.norm_ops import narrower, norm_backward, norm_forward
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
@@ -102,9 +104,9 @@ def norm_forward_reference(
         # torch's own layer norm wants one dtype for all
         parameters = weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype)
         y, mean, rstd = torch.native_layer_norm(wide, weight.shape, *parameters, eps)
-        return y.to(x.dtype), total, mean, rstd
+        return y.to(narrower(x, weight)), total, mean, rstd
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * rstd).mul_(weight).to(x.dtype), total, rstd.new_empty(0), rstd
+    return (wide * rstd).mul_(weight).to(narrower(x, weight)), total, rstd.new_empty(0), rstd
 
 
 def norm_backward_reference(

@@ -26,7 +26,12 @@ def _empty_forward(
     statistic = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     total = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
     mean = torch.empty_like(statistic) if center else x.new_empty(0)
-    return x.new_empty(x.shape), total, mean, statistic
+    return x.new_empty(x.shape, dtype=narrower(x, weight)), total, mean, statistic
+
+
+def narrower(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of a norm's output: x's, or the weight's if x is wider, as an fp32 residual stream is."""
+    return weight.dtype if torch.promote_types(x.dtype, weight.dtype) == x.dtype else x.dtype
 
 
 @operator(

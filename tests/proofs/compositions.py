@@ -15,7 +15,7 @@ from tpformer.trace import trace_communication
 from tpformer.train.build import Training, build
 from tpformer.train.config import DataConfig, RunConfig, TrainConfig
 from tpformer.train.optimizer import OptimizerConfig
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 MODELS: dict[str, Any] = {
     "llama": llama(num_layers=4, num_kv_heads=2, dropout=0.1, attention_dropout=0.1),
@@ -88,9 +88,11 @@ def steps(case: Composition, mesh: Mesh, built: Training) -> tuple[Measured, dic
                 built.gradients,
                 built.optimizer,
                 batch(step)[mesh.dp.rank * mine :][:mine],
-                micro_batch_size=case.micro_batch_size,
-                lr=0.01,
-                key=Key(5).fold("step", step),
+                StepOptions(
+                    micro_batch_size=case.micro_batch_size,
+                    lr=0.01,
+                    key=Key(5).fold("step", step),
+                ),
             )
         if step == 1:
             counts = {}

@@ -16,7 +16,7 @@ from tests.proofs.cases import TOLERANCE, Config, Measured, build, build_random,
 from tpformer import Key, Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
@@ -50,7 +50,7 @@ def train(config: Config, device: torch.device, dtype: torch.dtype) -> Measured:
     generator = torch.Generator().manual_seed(5)
     for step in range(3):
         samples = torch.randint(config.vocab_size, (4, 9), generator=generator)
-        train_step(model, buckets, optimizer, samples, micro_batch_size=2, lr=0.01, key=Key(7).fold(step))
+        train_step(model, buckets, optimizer, samples, StepOptions(micro_batch_size=2, lr=0.01, key=Key(7).fold(step)))
     found = {name: tpformer.full_parameter(model, name).detach() for name, _ in model.named_parameters()}
     return {name: x.double().cpu().numpy() for name, x in found.items()}
 

@@ -17,7 +17,7 @@ from tests.proofs.cases import RUNS, TOLERANCE, Config, Layout, Measured, build_
 from tpformer import Key, Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 MODELS: dict[str, Config] = {
     "gpt-tied-dropout": gpt(dropout=0.1, attention_dropout=0.1),
@@ -39,7 +39,9 @@ def train(name: str, mesh: Mesh, dtype: torch.dtype) -> Measured:
         samples = torch.randint(101, (4, 9), generator=generator).chunk(mesh.dp.size)[mesh.dp.rank]
         key = Key(7).fold("step", step)
         micro = len(samples) // 2
-        reports.append(train_step(model, buckets, optimizer, samples, micro_batch_size=micro, lr=0.01, key=key))
+        reports.append(
+            train_step(model, buckets, optimizer, samples, StepOptions(micro_batch_size=micro, lr=0.01, key=key))
+        )
     found = {name: tpformer.full_parameter(model, name).numpy() for name, _ in model.named_parameters()}
     found["loss of each step"] = np.array([report.loss for report in reports])
     found["gradient norm of each step"] = np.array([report.grad_norm for report in reports])

@@ -14,7 +14,7 @@ from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.placement import Placement
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 CONFIG = llama(num_kv_heads=1, qk_norm=True)
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-3)
@@ -39,7 +39,7 @@ def train(mesh: Mesh, control: str) -> Measured | str:
             samples = samples_of(step).chunk(mesh.dp.size)[0]
         if control == "tp ranks read others":
             samples = samples_of(step, seed=mesh.tp.rank).chunk(mesh.dp.size)[mesh.dp.rank]
-        reports.append(train_step(model, buckets, optimizer, samples, micro_batch_size=2, lr=0.01))
+        reports.append(train_step(model, buckets, optimizer, samples, StepOptions(micro_batch_size=2, lr=0.01)))
     try:
         found = {name: tpformer.full_parameter(model, name).numpy() for name, _ in model.named_parameters()}
     except RuntimeError as error:

@@ -10,7 +10,7 @@ from tests.proofs.cases import Layout, build, llama
 from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 BF16 = torch.bfloat16
 STEPS = 40
@@ -26,7 +26,7 @@ def curve(mesh: Mesh, dtype: torch.dtype | None) -> list[float]:
     for _ in range(STEPS):
         start = torch.randint(101, (8, 1), generator=generator)
         samples = ((start + 7 * torch.arange(13)) % 101).chunk(mesh.dp.size)[mesh.dp.rank]
-        losses.append(train_step(model, buckets, optimizer, samples, micro_batch_size=2, lr=0.01).loss)
+        losses.append(train_step(model, buckets, optimizer, samples, StepOptions(micro_batch_size=2, lr=0.01)).loss)
         check_masters(model, optimizer, dtype or torch.float32)
     return losses
 

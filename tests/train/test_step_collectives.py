@@ -13,7 +13,7 @@ from tpformer import Key
 from tpformer.parallel.data import GradientBuckets
 from tpformer.trace import Call
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 MODELS: dict[str, Config] = {
     "gpt": gpt(),
@@ -50,7 +50,11 @@ def step_calls(layout: Layout, bucket_bytes: int) -> dict[str, tuple[list[Row], 
         for step in range(2):
             with tpformer.trace_communication() as trace:
                 train_step(
-                    model, buckets, optimizer, samples, micro_batch_size=len(part), lr=0.01, key=Key(0).fold(step)
+                    model,
+                    buckets,
+                    optimizer,
+                    samples,
+                    StepOptions(micro_batch_size=len(part), lr=0.01, key=Key(0).fold(step)),
                 )
         numbers = sum(p.numel() for p in model.parameters())
         found[name] = list(map(row, trace.calls)), list(map(row, own.calls)), numbers

@@ -18,7 +18,7 @@ from tpformer.parallel_config import ParallelConfig
 from tpformer.train.build import build as build_training
 from tpformer.train.config import TrainConfig
 from tpformer.train.optimizer import Optimizer, learning_rate
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 from tpformer.train.trainer import Trainer, TrainReport
 
 
@@ -44,10 +44,12 @@ def by_hand(settings: TrainConfig[Any]) -> tuple[list[Record], torch.nn.Module]:
             buckets,
             optimizer,
             sampler.samples(8 * step, 8),
-            micro_batch_size=settings.run.micro_batch_size or 8,
-            lr=learning_rate(step, 6, settings.optimizer),
-            key=Key(settings.run.seed).fold("dropout", step),
-            z_loss=settings.run.z_loss,
+            StepOptions(
+                micro_batch_size=settings.run.micro_batch_size or 8,
+                lr=learning_rate(step, 6, settings.optimizer),
+                key=Key(settings.run.seed).fold("dropout", step),
+                z_loss=settings.run.z_loss,
+            ),
         )
         found.append({"step": step + 1, "loss": report.loss, "grad_norm": report.grad_norm})
     return found, model

@@ -20,7 +20,7 @@ from tests.proofs.cases import RUNS, TOLERANCE, Config, Layout, Measured, build_
 from tpformer import Key, Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 MODELS: dict[str, Config] = {
     "gpt-untied-dropout": gpt(tie_embeddings=False, dropout=0.1, attention_dropout=0.1, activation="relu"),
@@ -43,7 +43,9 @@ def train(name: str, mesh: Mesh, dtype: torch.dtype) -> Measured:
         key = Key(7).fold("step", step)
         micro = 4 // mesh.dp.size  # 4 and 2 samples, or 2 and 1 on each of two replicas
         reports.append(
-            train_step(model, buckets, optimizer, samples, micro_batch_size=micro, lr=0.01, key=key, z_loss=1e-3)
+            train_step(
+                model, buckets, optimizer, samples, StepOptions(micro_batch_size=micro, lr=0.01, key=key, z_loss=1e-3)
+            )
         )
     found = {name: tpformer.full_parameter(model, name).numpy() for name, _ in model.named_parameters()}
     found["loss of each step"] = np.array([report.loss for report in reports])

@@ -13,7 +13,9 @@ from tpformer_kernels import Backend
 class DecoderBlock(nn.Module):
     """Pre-norm residual block made of its four parts; x[B, S, D] -> y[B, S, D].
 
-    One all-reduce forward and one backward in each of attention and mlp.
+    One all-reduce forward and one backward in each of attention and mlp. The residual stream keeps the dtype of x:
+    where it is wider than the weights (fp32, in a bf16 model), sums are made in it and only they; custom norms, too,
+    must then give the weights' dtype.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""RMSNorm and LayerNorm: a copy on every rank, whose gradient is partial under sequence parallelism."""
+"""RMSNorm and LayerNorm: a copy on every rank, whose gradient is partial under sequence parallelism.
+
+Of a residual stream wider than their weights (fp32, in a bf16 model) they make what the matmuls take.
+"""
 
 from typing import Any
 

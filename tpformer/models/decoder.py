@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tpformer.collectives import gather_features
@@ -52,6 +53,13 @@ def check_length(tokens: Tensor, max_seq_len: int) -> None:
     if tokens.dim() != 2 or tokens.shape[1] > max_seq_len:
         shape = tuple(tokens.shape)
         raise ValueError(f"tokens {shape} must be (batch, length) with length <= max_seq_len ({max_seq_len})")
+
+
+def embed_tokens(self: Any, tokens: Tensor) -> Tensor:
+    """int64 (b, s) -> the residual stream's beginning, (b, s, d), or (b, s/tp, d) under sequence parallelism."""
+    x = self.embedding(tokens)
+    # nothing else needs to know: blocks keep the dtype of their stream
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if self.fp32_residual else x
 
 
 def to_logits(self: Any, x: Tensor) -> Tensor:

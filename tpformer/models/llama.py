@@ -17,6 +17,7 @@ from tpformer.mesh import Mesh, divide
 from tpformer.models.decoder import (
     Part,
     check_length,
+    embed_tokens,
     full_logits,
     head_loss,
     hidden_states,
@@ -137,12 +138,21 @@ class Llama(nn.Module):
 
     Parameter names and whole shapes do not depend on the layout, nor do the initial weights of one seed.
     part: the blocks and ends that this process has, if not all (pipelines). seed None leaves it on the meta device.
+    fp32_residual: the residual stream is fp32 although the weights are bf16 or fp16.
     Raises ValueError for a config that the mesh cannot split.
     """
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh = Mesh(), *, seed: int | None = 0, part: Part | None = None):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        mesh: Mesh = Mesh(),
+        *,
+        seed: int | None = 0,
+        part: Part | None = None,
+        fp32_residual: bool = False,
+    ):
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.fp32_residual = config, mesh, fp32_residual
         c, part = config, part or Part.whole(config.num_layers)
         with torch.device("meta"):
             self.embedding: Any = None
@@ -179,7 +189,7 @@ class Llama(nn.Module):
         """int64 (b, s) -> what the first block reads, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
         c = self.config
         check_length(tokens, c.max_seq_len)
-        x = self.embedding(tokens)
+        x = embed_tokens(self, tokens)
         return residual_dropout(x, None, c.dropout, key and key.fold("embedding"), self.mesh, backend=c.backend)
 
     def rope(self, x: Tensor) -> tuple[Tensor, Tensor]:

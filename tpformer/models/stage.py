@@ -1,5 +1,6 @@
 """A stretch of a decoder as a module of its own: what a pipeline runs, and what FSDP takes as its root."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,10 +16,12 @@ class DecoderStage(nn.Module):
 
     First: tokens (b, s) -> x; then x -> x, (b, s, d) or (b, s/tp, d) under sequence parallelism; last: x -> the mean
     loss in nats per token or, without targets, the whole logits (b, s, vocab_size) on every tp rank.
+    around: entered around every forward (an ActivationOffload).
     """
 
-    def __init__(self, model: Any, part: Part):
+    def __init__(self, model: Any, part: Part, around: AbstractContextManager[Any] | None = None):
         super().__init__()
+        self._around = around or nullcontext()
         self.part, self.config = part, model.config
         self.mesh: Mesh = model.mesh
         self._model = (model,)  # a tuple, so that its other stages are no children of this one
@@ -38,14 +41,15 @@ class DecoderStage(nn.Module):
         z_loss: float = 0.0,
     ) -> Tensor:
         """What this stage makes of x or of tokens; a key switches dropout on."""
-        (model,) = self._model
-        if self.part.first:
-            x = model.embed(x, key)
-        x = model.run_blocks(x, self.part.layers, key=key)
-        if not self.part.last:
-            return x
-        x = model.norm(x)
-        return model.head_loss(x, targets, z_loss) if targets is not None else self._full(model.to_logits(x))
+        with self._around:
+            (model,) = self._model
+            if self.part.first:
+                x = model.embed(x, key)
+            x = model.run_blocks(x, self.part.layers, key=key)
+            if not self.part.last:
+                return x
+            x = model.norm(x)
+            return model.head_loss(x, targets, z_loss) if targets is not None else self._full(model.to_logits(x))
 
     def loss(self, tokens: Tensor, targets: Tensor, *, key: Key | None = None, z_loss: float = 0.0) -> Tensor:
         """Of a stage that is a whole model: mean cross entropy in nats per token."""

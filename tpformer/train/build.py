@@ -10,7 +10,9 @@ from tpformer.models.gpt import GPT, GPTConfig
 from tpformer.models.llama import Llama
 from tpformer.models.stage import DecoderStage
 from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel.offload import ActivationOffload
 from tpformer.parallel.pipeline import MicroBatches, Pipeline
+from tpformer.parallel.recompute import apply_recompute
 from tpformer.parallel.split import part_of, stage_parts, stages_of
 from tpformer.train.config import TrainConfig
 from tpformer.train.optimizer import Optimizer
@@ -37,13 +39,18 @@ def build(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Training:
     sizes = model_config(config, mesh, vocab_size)
     parts = stage_parts(sizes, layout, seq_len)
     kind: Any = GPT if isinstance(sizes, GPTConfig) else Llama
-    model = kind(sizes, mesh, seed=config.run.seed, part=part_of(mesh.pp.rank, parts, layout))
-    stages = {number: DecoderStage(model, parts[number]) for number in stages_of(mesh.pp.rank, layout)}
-    optimizer = Optimizer(model, mesh, config.optimizer, DTYPES[layout.precision])
+    part = part_of(mesh.pp.rank, parts, layout)
+    model = kind(sizes, mesh, seed=config.run.seed, part=part, fp32_residual=layout.fp32_residual)
+    apply_recompute(model, layout)
+    offload = ActivationOffload(mesh.device) if layout.offload_activations else None
+    stages = {number: DecoderStage(model, parts[number], offload) for number in stages_of(mesh.pp.rank, layout)}
+    optimizer = Optimizer(model, mesh, config.optimizer, DTYPES[layout.precision], offload=layout.offload_optimizer)
     gradients = GradientBuckets(model, mesh)
     if mesh.pp.size == 1:
         return Training(model, stages[0], gradients, optimizer)
-    batches = micro_batches(config, mesh, next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    stream = torch.promote_types(dtype, torch.float32) if layout.fp32_residual else dtype
+    batches = micro_batches(config, mesh, stream)
     return Training(model, Pipeline(stages, mesh, layout, gradients, batches), gradients, optimizer)
 
 

@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from tpformer.collectives import all_reduce_
 from tpformer.mesh import Mesh
 from tpformer.placement import Placement, placements
+from tpformer.train.optimizer_offload import HostState, Piece
+from tpformer.train.precision import LossScaler
 
 
 @dataclass(frozen=True)
@@ -78,99 +81,212 @@ def gradient_norm(
 ) -> tuple[float, float]:
     """The L2 norm of the whole model's gradient, and the mean over the replicas of `loss`: one all-reduce.
 
-    Every element counts once: copies on one tp rank only, replicas on one dp rank, tied weights on one stage.
+    Every element counts once: copies on one tp rank only, replicas on one dp rank, tied weights on one
+    stage. But one that is not finite, on whichever rank, makes the norm so on every rank.
     """
-    counted = [
-        gradients[name][ours]
-        for name in gradients
-        for piece, _, ours in known[name].slices()
-        if piece.copy == 0 and known[name].counts
-    ]
+    counted: list[Tensor] = []
+    others: list[Tensor] = []
+    for name in gradients:
+        for piece, _, ours in known[name].slices():
+            (counted if piece.copy == 0 and known[name].counts else others).append(gradients[name][ours])
     sums = torch.zeros(2, dtype=torch.float64, device=loss.device)
     if counted:
-        sums[0] = torch.stack([norm.double() for norm in torch._foreach_norm(counted)]).square().sum()
+        sums[0] = _squares(counted)
+    if others:
+        sums[0] += 0 * _squares(others)  # nothing, or nan
     sums[1] = loss.detach().double() / (mesh.dp.size * mesh.tp.size)
     squares, mean_loss = all_reduce_(sums, mesh.world).tolist()
     return math.sqrt(squares), mean_loss
 
 
-class Optimizer:
-    """AdamW over this rank's part of a model.
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """The sum of all their squares, fp64."""
+    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).square().sum()
 
-    The weights that it updates are fp32 (fp64 for an fp64 model); `dtype` is what the model then computes in.
+
+class Part(NamedTuple):
+    """A parameter, or some of its numbers: what a step of AdamW reads and changes, all on one device."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    gradient: Tensor
+    decays: bool
+
+
+@torch.no_grad()
+def adamw_(parts: list[Part], steps: int, lr: float, config: OptimizerConfig) -> None:
+    """torch's AdamW (arXiv 1711.05101), in place, after `steps` steps."""
+    for decays in (True, False):
+        chosen = [part[:4] for part in parts if part.decays == decays]
+        if not chosen:
+            continue
+        weights, averages, squares, gradients = map(list, zip(*chosen, strict=True))
+        device = weights[0].device
+        fused = device.type in ("cuda", "cpu")
+        counts = torch.full((len(weights),), float(steps), device=device if fused else "cpu")
+        adamw(
+            weights,
+            gradients,
+            averages,
+            squares,
+            [],
+            list(counts.unbind()),
+            fused=fused,
+            amsgrad=False,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            lr=lr,
+            weight_decay=config.weight_decay if decays else 0.0,
+            eps=config.eps,
+            maximize=False,
+        )
+
+
+Row = tuple[str, slice | None, Tensor, Tensor, Tensor]
+"""A parameter's name, which of its numbers (None: all), and these of its weight, exp_avg and exp_avg_sq."""
+
+
+class Optimizer:
+    """AdamW over this rank's part of a model; weight decay on matrices only.
+
+    The weights that it updates are fp32 (fp64 for an fp64 model); `dtype` is what the model then computes in. For
+    fp16 it has a `scaler`: the loss is to be multiplied by `loss_scale` before backward.
+    offload: the moments, and the weights where the model computes in another dtype, lie in host memory.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        config: OptimizerConfig,
+        dtype: torch.dtype | None = None,
+        *,
+        offload: bool = False,
+    ):
         self.config, self.mesh = config, mesh
         self.placements = placements(model, mesh)
         self.steps = 0
+        self.scaler = LossScaler() if dtype == torch.float16 else None
         masters = {name: p.detach().clone() for name, p in model.named_parameters()} if _narrow(dtype) else {}
         if dtype is not None:
             model.to(dtype)
-        self._weights = dict(model.named_parameters())
-        self.masters: dict[str, Tensor] = masters or {n: p.detach() for n, p in self._weights.items()}
-        groups = [  # decay on matrices only
-            {
-                "params": [w for w in self.masters.values() if (w.dim() >= 2) == matrices],
-                "weight_decay": config.weight_decay if matrices else 0.0,
-            }
-            for matrices in (True, False)
-        ]
-        device = next(iter(self.masters.values())).device.type
-        self._adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=device in ("cuda", "cpu")
-        )
+        self._weights = {name: p.detach() for name, p in model.named_parameters()}
+        self._separate = bool(masters)
+        self.masters: dict[str, Tensor] = masters or dict(self._weights)
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}  # of what has had a gradient
+        self._host: HostState | None = None
+        if offload:
+            self._to_host()
+
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients of this step are multiples of; 1 but for fp16."""
+        return 1.0 if self.scaler is None else self.scaler.scale
 
     def step(self, gradients: dict[str, Tensor], lr: float, loss: Tensor) -> tuple[float, float]:
-        """Clip the gradients, in place, and update the weights; returns the norm before clipping and the mean loss.
+        """Unscale and clip the gradients, in place, and update the weights; collective.
 
-        Raises FloatingPointError, on every rank and before any weight changes, if either is not finite.
+        loss: this replica's, not scaled. Returns the norm before clipping and the mean loss. If either is not finite,
+        on every rank the same: with a scaler, which then falls, weights and moments stay as they are. Without one, or
+        if it cannot fall, raises FloatingPointError before any weight changes.
         """
+        scale = self.loss_scale
         norm, mean_loss = gradient_norm(gradients, self.placements, self.mesh, loss)
-        if not math.isfinite(norm + mean_loss):
+        norm /= scale
+        finite = math.isfinite(norm + mean_loss)
+        if self.scaler is not None:
+            self.scaler.update(finite)
+        elif not finite:
             raise FloatingPointError(f"gradient norm {norm} or loss {mean_loss} is not finite at step {self.steps}")
-        if self.config.clip_norm and norm > self.config.clip_norm:
-            torch._foreach_mul_(list(gradients.values()), self.config.clip_norm / norm)
-        for name, master in self.masters.items():
-            master.grad = gradients.get(name)  # none: frozen
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+        if not finite:
+            return norm, mean_loss
+        clip = self.config.clip_norm
+        factor = (clip / norm if clip and norm > clip else 1.0) / scale
+        if factor != 1:
+            torch._foreach_mul_(list(gradients.values()), factor)
+        self._update(gradients, lr)
         self.steps += 1
-        self._publish()
         return norm, mean_loss
 
     def state(self) -> dict[str, Tensor]:
         """Everything to save, as parts to be placed like the parameter in the name: weight/, exp_avg/, exp_avg_sq/."""
+        if self._host is not None:
+            self._host.wait()
         tensors = {f"weight/{name}": master for name, master in self.masters.items()}
         for name, master in self.masters.items():
-            state = self._adamw.state[master] or {
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-            tensors[f"exp_avg/{name}"] = state["exp_avg"]
-            tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
+            moments = self._moments.get(name) or (torch.zeros_like(master), torch.zeros_like(master))
+            tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = moments
         return tensors
 
+    @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Take over what `state()` gave, after `steps` steps."""
+        if self._host is not None:
+            self._host.wait()
         self.steps = steps
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"weight/{name}"])
-                self._adamw.state[master] = {
-                    "step": torch.tensor(float(steps), device=master.device if master.is_cuda else "cpu"),
-                    "exp_avg": tensors[f"exp_avg/{name}"].to(master),
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(master),
-                }
-        self._publish()
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"weight/{name}"])
+            for kind, moment in zip(("exp_avg", "exp_avg_sq"), self._moments_of(name), strict=True):
+                moment.copy_(tensors[f"{kind}/{name}"])
+            self._publish(name, None, master)
+
+    def _moments_of(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self._moments:
+            zeros = torch.zeros_like if self._host is None else self._host.zeros
+            self._moments[name] = zeros(self.masters[name]), zeros(self.masters[name])
+        return self._moments[name]
+
+    def _to_host(self) -> None:
+        """From now on the moments are there, and the masters if they are not the model's own weights."""
+        dtypes = {master.dtype for master in self.masters.values()}
+        if len(dtypes) > 1:
+            raise ValueError(f"offload needs weights of one dtype, not {', '.join(sorted(map(str, dtypes)))}")
+        device = next(iter(self._weights.values())).device
+        self._host = HostState(device, dtypes.pop(), 3 if self._separate else 2)
+        if self._separate:
+            self.masters = {name: self._host.zeros(master).copy_(master) for name, master in self.masters.items()}
+
+    def _update(self, gradients: dict[str, Tensor], lr: float) -> None:
+        """AdamW on everything that has a gradient; what has none is frozen."""
+        moments = {name: self._moments_of(name) for name in gradients}
+        if self._host is None:
+            self._apply([(name, None, self.masters[name], *both) for name, both in moments.items()], gradients, lr)
+        elif self._separate:
+            state = {name: (self.masters[name], *both) for name, both in moments.items()}
+            self._host.run(
+                state, lambda chunk: self._apply([(n, i, x[0], x[1], x[2]) for n, i, x in chunk], gradients, lr)
+            )
+        else:
+
+            def update(chunk: list[Piece]) -> None:
+                self._apply([(n, i, _numbers(self.masters[n], i), x[0], x[1]) for n, i, x in chunk], gradients, lr)
+
+            self._host.run(moments, update)
+
+    def _apply(self, rows: list[Row], gradients: dict[str, Tensor], lr: float) -> None:
+        adamw_(
+            [
+                Part(weight, average, square, _numbers(gradients[name], part), self.masters[name].dim() >= 2)
+                for name, part, weight, average, square in rows
+            ],
+            self.steps,
+            lr,
+            self.config,
+        )
+        for name, part, weight, *_ in rows:
+            self._publish(name, part, weight)
 
     @torch.no_grad()
-    def _publish(self) -> None:
-        """Round the fp32 weights into the model, where it computes in another dtype."""
-        for name, weight in self._weights.items():
-            if weight.dtype != self.masters[name].dtype:
-                weight.copy_(self.masters[name])
+    def _publish(self, name: str, part: slice | None, master: Tensor) -> None:
+        """Round fp32 weights into the model, where it computes in another dtype."""
+        if self._separate:
+            _numbers(self._weights[name], part).copy_(master, non_blocking=True)
+
+
+def _numbers(x: Tensor, part: slice | None) -> Tensor:
+    """Some of its numbers, or all of it; a view."""
+    return x if part is None else x.view(-1)[part]
 
 
 def _narrow(dtype: torch.dtype | None) -> bool:

@@ -9,8 +9,24 @@ from torch import Tensor
 from tpformer.mesh import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel.pipeline import Pipeline
+from tpformer.parallel.timeline import Timeline, record
 from tpformer.random import Key
 from tpformer.train.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a step is told."""
+
+    micro_batch_size: int
+    """Samples in one forward and backward; a pipeline has its own."""
+    lr: float
+    key: Key | None = None
+    """Of this step's dropout; none without."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss."""
+    timeline: Timeline | None = None
+    """Where to record what was done when."""
 
 
 @dataclass(frozen=True)
@@ -19,41 +35,41 @@ class StepReport:
 
     loss: float
     grad_norm: float
+    loss_scale: float = 1.0
+    """Of this step's backward; neither number above is a multiple of it."""
+    skipped: bool = False
+    """A number was not finite: no weight changed, and the next step's scale is smaller."""
 
 
 def train_step(
-    model: Any,
-    buckets: GradientBuckets,
-    optimizer: Optimizer,
-    samples: Tensor,
-    *,
-    micro_batch_size: int,
-    lr: float,
-    key: Key | None = None,
-    z_loss: float = 0.0,
+    model: Any, gradients: GradientBuckets, optimizer: Optimizer, samples: Tensor, options: StepOptions
 ) -> StepReport:
     """One step on this replica's samples, int64 (n, s + 1), in micro-batches; collective.
 
-    key: of this step's dropout. Every tp rank of a replica passes the same samples, each replica its own.
+    Every tp and pp rank of a replica passes the same samples, each replica its own.
     """
     mesh: Mesh = model.mesh
+    loss_scale, steps = optimizer.loss_scale, optimizer.steps
+    scale = loss_scale / mesh.dp.size
     samples = samples.to(mesh.device, non_blocking=True)
-    place = None if key is None else Key(key.seed, mesh.dp.rank * len(samples))
-    scale = 1 / mesh.dp.size
+    key = options.key and Key(options.key.seed, mesh.dp.rank * len(samples))
     if isinstance(model, Pipeline):
-        total = model.backward(samples, key=place, z_loss=z_loss, scale=scale)
+        total = model.backward(samples, key=key, z_loss=options.z_loss, scale=scale, timeline=options.timeline)
     else:
         total = torch.zeros((), device=mesh.device)
-        for first in range(0, len(samples), micro_batch_size):
-            part = samples[first : first + micro_batch_size]
-            share = len(part) / len(samples)
-            here = None if place is None else Key(place.seed, place.sample + first)
-            loss = model.loss(part[:, :-1], part[:, 1:], key=here, z_loss=z_loss) * share
-            buckets.start(last=first + len(part) == len(samples))
-            (loss * scale).backward()
+        for number, part in enumerate(samples.split(options.micro_batch_size)):
+            first = number * options.micro_batch_size
+            here = key and Key(key.seed, key.sample + first)
+            with record(options.timeline, "forward", 0, number):
+                loss = model.loss(part[:, :-1], part[:, 1:], key=here, z_loss=options.z_loss)
+                loss = loss * (len(part) / len(samples))
+            gradients.start(last=first + len(part) == len(samples))
+            with record(options.timeline, "backward", 0, number):
+                (loss * scale).backward()
             total = total + loss.detach()
-    gradients = buckets.finish()
-    if isinstance(model, Pipeline):
-        model.sum_tied(gradients)
-    norm, mean_loss = optimizer.step(gradients, lr, total)
-    return StepReport(mean_loss, norm)
+    with record(options.timeline, "optimizer"):
+        found = gradients.finish()
+        if isinstance(model, Pipeline):
+            model.sum_tied(found)
+        norm, mean_loss = optimizer.step(found, options.lr, total)
+    return StepReport(mean_loss, norm, loss_scale, skipped=optimizer.steps == steps)

@@ -23,7 +23,7 @@ from tpformer.train.config import TrainConfig
 from tpformer.train.corpus import Corpus
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
 from tpformer.train.optimizer import learning_rate
-from tpformer.train.step import StepReport, train_step
+from tpformer.train.step import StepOptions, StepReport, train_step
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Trainer:
                 rate = (self.step - first) * self._tokens_per_step() / (time.perf_counter() - started)
                 self._show(bar, report, rate)
                 if self.step % run.log_interval == 0 or self.step == run.steps:
-                    self._log(loss=report.loss, grad_norm=report.grad_norm, tokens_per_second=round(rate))
+                    self._log(**self._numbers(report), tokens_per_second=round(rate))
                 if _due(self.step, run.eval_interval) and self.step < run.steps:
                     self._log(validation_loss=self.evaluate())
                 if _due(self.step, run.checkpoint_interval) or self.step == run.steps:
@@ -87,7 +87,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step and let go of old ones; collective."""
-        meta = {"samples": self.step * self.config.run.batch_size, "seq_len": self.config.data.seq_len}
+        meta: dict[str, Any] = {"samples": self.step * self.config.run.batch_size, "seq_len": self.config.data.seq_len}
+        meta["updates"] = self.optimizer.steps
+        if self.optimizer.scaler is not None:
+            meta["loss_scaler"] = self.optimizer.scaler.state()
         checkpoints = self.directory / "checkpoints"
         save_checkpoint(checkpoints, self.step, self.optimizer.state(), self.optimizer.placements, meta, self.mesh)
         if self.chief:
@@ -96,18 +99,18 @@ class Trainer:
     def _train_step(self) -> StepReport:
         run = self.config.run
         start = self.step * run.batch_size + self.mesh.dp.rank * self.replica_batch
-        arguments: dict[str, Any] = {
-            "samples": self.sampler.samples(start, self.replica_batch),
-            "micro_batch_size": run.micro_batch_size or self.replica_batch,
-            "lr": learning_rate(self.step, run.steps, self.config.optimizer),
-            "key": Key(run.seed).fold("dropout", self.step),
-            "z_loss": run.z_loss,
-        }
+        samples = self.sampler.samples(start, self.replica_batch)
+        options = StepOptions(
+            micro_batch_size=run.micro_batch_size or self.replica_batch,
+            lr=learning_rate(self.step, run.steps, self.config.optimizer),
+            key=Key(run.seed).fold("dropout", self.step),
+            z_loss=run.z_loss,
+        )
         if self.trace is None:  # the first step of this process, for the table of collectives
             with trace_communication() as self.trace:
-                report = train_step(self.runner, self.gradients, self.optimizer, **arguments)
+                report = train_step(self.runner, self.gradients, self.optimizer, samples, options)
         else:
-            report = train_step(self.runner, self.gradients, self.optimizer, **arguments)
+            report = train_step(self.runner, self.gradients, self.optimizer, samples, options)
         self.step += 1
         return report
 
@@ -130,7 +133,9 @@ class Trainer:
                 f"{path} was made with batch_size {meta['samples'] // meta['step']} and seq_len {meta['seq_len']}, "
                 f"not {self.config.run.batch_size} and {self.config.data.seq_len}: the order of the data would change"
             )
-        self.optimizer.load_state(tensors, meta["step"])
+        self.optimizer.load_state(tensors, meta.get("updates", meta["step"]))
+        if self.optimizer.scaler is not None and "loss_scaler" in meta:
+            self.optimizer.scaler.load_state(meta["loss_scaler"])
         return meta["step"]
 
     def _tokens_per_step(self) -> int:
@@ -144,6 +149,13 @@ class Trainer:
             flops = rate * self.model.config.flops_per_token(self.config.data.seq_len)
             shown["MFU"] = f"{flops / (peak * self.mesh.world.size):.1%}"
         bar.set_postfix(shown, refresh=False)
+
+    def _numbers(self, report: StepReport) -> dict[str, float]:
+        """What of a step is logged; JSON has no infinity."""
+        found = {"loss": report.loss, "grad_norm": report.grad_norm}
+        if self.optimizer.scaler is not None:
+            found |= {"loss_scale": report.loss_scale, "skipped_steps": self.optimizer.scaler.skipped}
+        return {name: number for name, number in found.items() if math.isfinite(number)}
 
     def _log(self, **record: Any) -> None:
         if self.metrics:
