@@ -15,7 +15,7 @@ from tests.proofs.cases import Config, Layout, gpt, llama, random_batch
 from tests.train.runs import config
 from tpformer import GPT, GPTConfig, Key, Llama, Mesh, trace_communication
 from tpformer.parallel_config import ParallelConfig
-from tpformer.train.build import build
+from tpformer.train.build import build as build_training
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MODELS: dict[str, Config] = {
@@ -221,4 +221,4 @@ def test_the_trainer_s_flag_reaches_the_model() -> None:
     for wide in (True, False):
         for family in ("llama", "gpt"):
             settings = replace(config(family), parallel=ParallelConfig(precision="bf16", fp32_residual=wide))
-            assert build_model(settings, Mesh(), 257).fp32_residual is wide
+            assert build_training(settings, Mesh(), 257).model.fp32_residual is wide
