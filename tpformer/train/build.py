@@ -8,8 +8,10 @@ import torch
 from tpformer.mesh import Mesh, divide
 from tpformer.models.gpt import GPT, GPTConfig
 from tpformer.models.llama import Llama
+from tpformer.models.init import init_weights
 from tpformer.models.stage import DecoderStage
 from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel.fsdp import ShardedGradients, is_sharded, shard
 from tpformer.parallel.pipeline import MicroBatches, Pipeline
 from tpformer.parallel.split import part_of, stage_parts, stages_of
 from tpformer.train.config import TrainConfig
@@ -24,7 +26,7 @@ class Training:
 
     model: Any
     runner: Any
-    gradients: GradientBuckets
+    gradients: GradientBuckets | ShardedGradients
     optimizer: Optimizer
 
 
@@ -37,13 +39,21 @@ def build(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Training:
     sizes = model_config(config, mesh, vocab_size)
     parts = stage_parts(sizes, layout, seq_len)
     kind: Any = GPT if isinstance(sizes, GPTConfig) else Llama
-    model = kind(sizes, mesh, seed=config.run.seed, part=part_of(mesh.pp.rank, parts, layout))
+    model = kind(sizes, mesh, seed=None, part=part_of(mesh.pp.rank, parts, layout))  # on the meta device
     stages = {number: DecoderStage(model, parts[number]) for number in stages_of(mesh.pp.rank, layout)}
-    optimizer = Optimizer(model, mesh, config.optimizer, DTYPES[layout.precision])
-    gradients = GradientBuckets(model, mesh)
+    dtype, sharded = DTYPES[layout.precision], is_sharded(mesh, layout)
+    if sharded:
+        shard(stages, mesh, layout, dtype)
+    else:
+        model.to_empty(device=mesh.device)
+    init_weights(model, mesh, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
+    compute = dtype or next(model.parameters()).dtype
+    # FSDP rounds the weights to dtype when it gathers them
+    optimizer = Optimizer(model, mesh, config.optimizer, None if sharded else dtype)
+    gradients = ShardedGradients(model, stages, mesh, layout) if sharded else GradientBuckets(model, mesh)
     if mesh.pp.size == 1:
         return Training(model, stages[0], gradients, optimizer)
-    batches = micro_batches(config, mesh, next(model.parameters()).dtype)
+    batches = micro_batches(config, mesh, compute)
     return Training(model, Pipeline(stages, mesh, layout, gradients, batches), gradients, optimizer)
 
 

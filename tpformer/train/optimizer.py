@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tpformer.collectives import all_reduce_
 from tpformer.mesh import Mesh
-from tpformer.placement import Placement, placements
+from tpformer.placement import Placement, local_part, placements
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ class Optimizer:
         if dtype is not None:
             model.to(dtype)
         self._weights = dict(model.named_parameters())
-        self.masters: dict[str, Tensor] = masters or {n: p.detach() for n, p in self._weights.items()}
+        self.masters: dict[str, Tensor] = masters or {
+            name: local_part(p.detach()) for name, p in self._weights.items()  # of FSDP's, the rows of this replica
+        }
         groups = [  # decay on matrices only
             {
                 "params": [w for w in self.masters.values() if (w.dim() >= 2) == matrices],
@@ -136,6 +138,8 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
+        for master in self.masters.values():
+            master.grad = None  # it belongs to whoever gave it
         self.steps += 1
         self._publish()
         return norm, mean_loss

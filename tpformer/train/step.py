@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tpformer.mesh import Mesh
 from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel.fsdp import ShardedGradients
 from tpformer.parallel.pipeline import Pipeline
 from tpformer.random import Key
 from tpformer.train.optimizer import Optimizer
@@ -23,7 +24,7 @@ class StepReport:
 
 def train_step(
     model: Any,
-    buckets: GradientBuckets,
+    buckets: GradientBuckets | ShardedGradients,
     optimizer: Optimizer,
     samples: Tensor,
     *,
