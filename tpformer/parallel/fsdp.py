@@ -4,6 +4,7 @@ Sources: ZeRO (arXiv 1910.02054), PyTorch FSDP (2304.11277).
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,17 +42,17 @@ def shard(
     """
     first = next(iter(stages.values()))
     _check_stages(config, first.config.tie_embeddings)
-    policy = {"mesh": _replicas(mesh), "mp_policy": _policy(first, dtype)}
+    policy: Any = {"mesh": _replicas(mesh), "mp_policy": _policy(first, dtype)}
     # zero2 keeps them for the step; so does a pipeline, whose micro-batches would gather them again and again
     between = config.dp_mode != "zero2" and config.pp == 1
     for stage in stages.values():
         blocks = list(stage.blocks.values())
         for block in blocks:
-            fully_shard(block, reshard_after_forward=between, **policy)  # type: ignore[call-overload]
+            fully_shard(block, reshard_after_forward=between, **policy)
         # the ends, in one group because a tied head has the embedding's weight; backward begins with them at once
-        fully_shard(stage, reshard_after_forward=False, **policy)  # type: ignore[call-overload]
+        fully_shard(stage, reshard_after_forward=False, **policy)
         units: list[Any] = [stage, *blocks]
-        for unit, following in zip(units, units[1:], strict=False):
+        for unit, following in pairwise(units):
             unit.set_modules_to_forward_prefetch([following])  # backward's order torch finds out by itself
         for unit in units:  # sums, not means: the loss is scaled, and a sum is what gloo has
             unit.set_gradient_divide_factor(1.0)

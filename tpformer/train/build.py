@@ -7,8 +7,8 @@ import torch
 
 from tpformer.mesh import Mesh, divide
 from tpformer.models.gpt import GPT, GPTConfig
-from tpformer.models.llama import Llama
 from tpformer.models.init import init_weights
+from tpformer.models.llama import Llama
 from tpformer.models.stage import DecoderStage
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel.fsdp import ShardedGradients, is_sharded, shard

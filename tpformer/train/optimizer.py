@@ -109,7 +109,8 @@ class Optimizer:
             model.to(dtype)
         self._weights = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = masters or {
-            name: local_part(p.detach()) for name, p in self._weights.items()  # of FSDP's, the rows of this replica
+            name: local_part(p.detach())
+            for name, p in self._weights.items()  # of FSDP's, the rows of this replica
         }
         groups = [  # decay on matrices only
             {
