@@ -22,6 +22,8 @@ MODELS: dict[str, Any] = {
     "llama-tied": llama(num_layers=4, num_kv_heads=2, tie_embeddings=True, dropout=0.1),
     "gpt-tied": gpt(num_layers=4, dropout=0.1),
     "gpt-untied": gpt(num_layers=4, tie_embeddings=False),
+    # rows that no number of replicas divides, of which some have none; keys and values copied at tp 2
+    "llama-uneven": llama(num_layers=2, num_kv_heads=1, head_dim=6, qk_norm=True, qkv_bias=True, ffn_hidden_size=42),
 }
 BATCH, LENGTH, STEPS, VOCABULARY = 8, 8, 3, 101
 

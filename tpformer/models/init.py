@@ -2,17 +2,16 @@
 
 import math
 
-import torch
 from torch import nn
 
 from tpformer.layers.init import draw_normal
 from tpformer.mesh import Mesh
-from tpformer.placement import placements
+from tpformer.placement import local_part, placements
 from tpformer.random import Key
 
 
 def init_weights(model: nn.Module, mesh: Mesh, *, seed: int, std: float, num_layers: int) -> None:
-    """Give every parameter its initial value; model may lie on the meta device before.
+    """Give every parameter, or the rows of it that this replica holds (FSDP), its initial value.
 
         norm weights                        1
         biases                              0
@@ -21,13 +20,12 @@ def init_weights(model: nn.Module, mesh: Mesh, *, seed: int, std: float, num_lay
 
     Each matrix has a random stream of its own, named by the parameter, of which a rank draws its part only.
     """
-    model.to_empty(device=mesh.device)
     known = placements(model, mesh)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            with torch.no_grad():
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        local = local_part(parameter.detach())
+        if local.dim() == 1:
+            local.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
         scale = std / math.sqrt(2 * num_layers) if residual else std
-        draw_normal(parameter, known[name], Key(seed).fold("init", name), scale)
+        draw_normal(local, known[name], Key(seed).fold("init", name), scale)

@@ -167,6 +167,7 @@ class Llama(nn.Module):
             if part.last and not c.tie_embeddings:
                 self.head = VocabParallelHead(c.hidden_size, c.vocab_size, mesh=mesh, backend=c.backend)
         if seed is not None:
+            self.to_empty(device=mesh.device)
             init_weights(self, mesh, seed=seed, std=c.init_std, num_layers=c.num_layers)
 
     def _block(self) -> DecoderBlock:

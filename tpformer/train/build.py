@@ -7,9 +7,11 @@ import torch
 
 from tpformer.mesh import Mesh, divide
 from tpformer.models.gpt import GPT, GPTConfig
+from tpformer.models.init import init_weights
 from tpformer.models.llama import Llama
 from tpformer.models.stage import DecoderStage
 from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel.fsdp import ShardedGradients, is_sharded, shard
 from tpformer.parallel.offload import ActivationOffload
 from tpformer.parallel.pipeline import MicroBatches, Pipeline
 from tpformer.parallel.recompute import apply_recompute
@@ -26,7 +28,7 @@ class Training:
 
     model: Any
     runner: Any
-    gradients: GradientBuckets
+    gradients: GradientBuckets | ShardedGradients
     optimizer: Optimizer
 
 
@@ -40,16 +42,22 @@ def build(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Training:
     parts = stage_parts(sizes, layout, seq_len)
     kind: Any = GPT if isinstance(sizes, GPTConfig) else Llama
     part = part_of(mesh.pp.rank, parts, layout)
-    model = kind(sizes, mesh, seed=config.run.seed, part=part, fp32_residual=layout.fp32_residual)
+    model = kind(sizes, mesh, seed=None, part=part, fp32_residual=layout.fp32_residual)  # on the meta device
     apply_recompute(model, layout)
     offload = ActivationOffload(mesh.device) if layout.offload_activations else None
     stages = {number: DecoderStage(model, parts[number], offload) for number in stages_of(mesh.pp.rank, layout)}
-    optimizer = Optimizer(model, mesh, config.optimizer, DTYPES[layout.precision], offload=layout.offload_optimizer)
-    gradients = GradientBuckets(model, mesh)
+    dtype, sharded = DTYPES[layout.precision], is_sharded(mesh, layout)
+    if sharded:
+        shard(stages, mesh, layout, dtype)
+    else:
+        model.to_empty(device=mesh.device)
+    init_weights(model, mesh, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
+    compute = dtype or next(model.parameters()).dtype
+    optimizer = Optimizer(model, mesh, config.optimizer, dtype, offload=layout.offload_optimizer)
+    gradients = ShardedGradients(model, stages, mesh, layout) if sharded else GradientBuckets(model, mesh)
     if mesh.pp.size == 1:
         return Training(model, stages[0], gradients, optimizer)
-    dtype = next(model.parameters()).dtype
-    stream = torch.promote_types(dtype, torch.float32) if layout.fp32_residual else dtype
+    stream = torch.promote_types(compute, torch.float32) if layout.fp32_residual else compute
     batches = micro_batches(config, mesh, stream)
     return Training(model, Pipeline(stages, mesh, layout, gradients, batches), gradients, optimizer)
 

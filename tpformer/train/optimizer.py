@@ -6,11 +6,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from tpformer.collectives import all_reduce_
 from tpformer.mesh import Mesh
-from tpformer.placement import Placement, placements
+from tpformer.placement import Placement, local_part, placements
 from tpformer.train.optimizer_offload import HostState, Piece
 from tpformer.train.precision import LossScaler
 
@@ -168,10 +169,12 @@ class Optimizer:
         self.placements = placements(model, mesh)
         self.steps = 0
         self.scaler = LossScaler() if dtype == torch.float16 else None
-        masters = {name: p.detach().clone() for name, p in model.named_parameters()} if _narrow(dtype) else {}
-        if dtype is not None:
+        masters: dict[str, Tensor] = {}
+        # what FSDP shares out are fp32 masters already: it rounds them to dtype when it gathers them
+        if dtype is not None and not any(isinstance(p, DTensor) for p in model.parameters()):
+            masters = {name: p.detach().clone() for name, p in model.named_parameters()} if _narrow(dtype) else {}
             model.to(dtype)
-        self._weights = {name: p.detach() for name, p in model.named_parameters()}
+        self._weights = {name: local_part(p.detach()) for name, p in model.named_parameters()}
         self._separate = bool(masters)
         self.masters: dict[str, Tensor] = masters or dict(self._weights)
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}  # of what has had a gradient

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tpformer.mesh import Mesh
 from tpformer.parallel.data import GradientBuckets
+from tpformer.parallel.fsdp import ShardedGradients
 from tpformer.parallel.pipeline import Pipeline
 from tpformer.parallel.timeline import Timeline, record
 from tpformer.random import Key
@@ -42,7 +43,11 @@ class StepReport:
 
 
 def train_step(
-    model: Any, gradients: GradientBuckets, optimizer: Optimizer, samples: Tensor, options: StepOptions
+    model: Any,
+    gradients: GradientBuckets | ShardedGradients,
+    optimizer: Optimizer,
+    samples: Tensor,
+    options: StepOptions,
 ) -> StepReport:
     """One step on this replica's samples, int64 (n, s + 1), in micro-batches; collective.
 

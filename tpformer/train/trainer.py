@@ -80,9 +80,10 @@ class Trainer:
         count = min(max(self.config.run.eval_samples, 1), self.held_out.num_samples)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         with torch.no_grad():
-            for samples in self._held_out_batches(count):
+            for samples, counted in self._held_out_batches(count):
                 loss = self.runner.loss(samples[:, :-1], samples[:, 1:])
-                total += loss.double() * len(samples)
+                if counted:
+                    total += loss.double() * len(samples)
         return all_reduce_(total, self.mesh.dp).item() / count
 
     def save(self) -> None:
@@ -114,12 +115,16 @@ class Trainer:
         self.step += 1
         return report
 
-    def _held_out_batches(self, count: int) -> Iterator[Tensor]:
-        """This replica's part of held-out samples 0..count - 1, in batches of the training size."""
+    def _held_out_batches(self, count: int) -> Iterator[tuple[Tensor, bool]]:
+        """This replica's part of held-out samples 0..count - 1, in batches of the training size, and if they count.
+
+        A replica that is through goes on with sample 0, for nothing: under FSDP the others need it in their gathers.
+        """
         mine = range(self.mesh.dp.rank, count, self.mesh.dp.size)
-        for first in range(0, len(mine), self.replica_batch):
+        for first in range(0, -(-count // self.mesh.dp.size), self.replica_batch):
             numbers = mine[first : first + self.replica_batch]
-            yield torch.cat([self.held_out.samples(number, 1) for number in numbers]).to(self.mesh.device)
+            samples = torch.cat([self.held_out.samples(number, 1) for number in numbers or (0,)])
+            yield samples.to(self.mesh.device), bool(numbers)
 
     def _resume(self) -> int:
         """Load the latest checkpoint and return the number of steps it has."""
