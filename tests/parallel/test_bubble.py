@@ -219,6 +219,10 @@ def test_a_wrong_order_is_refused() -> None:
         simulate(swapped(order, 0, 1, 4))
     with pytest.raises(ValueError, match="rank 0 waits for ever before the backward of micro-batch 2"):
         simulate([order[0][:3] + order[0][4:], order[1]])
+    apart = schedule_order("interleaved_zero_bubble", 2, 2)
+    assert (apart[1][3], apart[1][6]) == (Action("input gradient", 3, 0), Action("weight gradient", 3, 0))
+    with pytest.raises(ValueError, match="waits for ever"):
+        simulate(swapped(apart, 1, 3, 6))
 
 
 def test_a_worse_order_idles_more() -> None:
