@@ -103,11 +103,13 @@ def begin(trainer: Trainer) -> None:
     temporary = directory / ".config.toml.partial"
     temporary.write_text(to_toml(saved))
     os.replace(temporary, directory / "config.toml")
-    mesh, corpus = trainer.mesh, trainer.corpus
+    mesh, corpus, layout = trainer.mesh, trainer.corpus, config.parallel
     print(
         f"{config.family}, {model.config.num_parameters():,} parameters, vocabulary {corpus.vocab_size:,}\n"
-        f"tp {mesh.tp.size} x dp {mesh.dp.size} on {mesh.device.type}"
-        f"{', sequence parallel' if mesh.sequence_parallel else ''}\n"
+        f"tp {mesh.tp.size} x pp {mesh.pp.size} x dp {mesh.dp.size} on {mesh.device.type}, {layout.precision}"
+        f"{', sequence parallel' if mesh.sequence_parallel else ''}"
+        f"{f', {layout.pp_schedule}' if mesh.pp.size > 1 else ''}"
+        f"{f', {layout.dp_mode}' if mesh.dp.size > 1 else ''}\n"
         f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} held out ({config.data.data})\n"
         f"{f'resumed at step {trainer.step}' if config.run.resume else f'writing to {directory}'}",
         flush=True,
@@ -118,6 +120,10 @@ def show(report: TrainReport, directory: Path) -> None:
     """The result, for people."""
     if report.trace is not None:
         print(f"\ncommunication of one training step, as this rank saw it\n{report.trace.table()}")
+    if report.memory:
+        print(f"\nmemory of one training step\n{report.memory}")
+    if report.timeline:
+        print(f"\ntimeline of one training step\n{report.timeline}")
     if report.sample:
         print(f"\na sample\n{'-' * 60}\n{report.sample}\n{'-' * 60}")
     print(

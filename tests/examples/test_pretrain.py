@@ -56,7 +56,7 @@ def test_torchrun_ends_well_and_leaves_no_process(launched: Ended) -> None:
 def test_it_prints_the_collectives_the_losses_and_a_sample(launched: Ended, place: Path) -> None:
     """Once, by one rank. The table's rows are of one layer at tp 2; the loss is near ln(257) after three steps."""
     out = launched.out
-    assert out.count("tp 2 x dp 1 on cpu") == out.count("held-out loss") == out.count("ln(vocabulary)") == 1
+    assert out.count("tp 2 x pp 1 x dp 1 on cpu, fp32") == out.count("held-out loss") == out.count("ln(vocabulary)") == 1
     table = re.findall(r"^(all_\w+) +(\w+) +(forward|backward) +(\w+) +(\d+) +([\d,]+) +(\S+):\d+$", out, re.MULTILINE)
     activation = 4 * 16 * 32 * 4  # batch, length, width, bytes of a number
     assert [
@@ -142,8 +142,8 @@ def test_the_losses_do_not_depend_on_the_layout(family: str, place: Path, ranks:
         for name, (processes, layout) in LAYOUTS.items()
     }
     out, expected = found["tp1"]
-    assert "tp 1 x dp 1 on cpu" in out
-    assert "tp 2 x dp 2 on cpu, sequence parallel" in found["tp2-dp2-sequence-parallel"][0]
+    assert "tp 1 x pp 1 x dp 1 on cpu, fp32" in out
+    assert "tp 2 x pp 1 x dp 2 on cpu, fp32, sequence parallel, replicate" in found["tp2-dp2-sequence-parallel"][0]
     for name, (said, records) in found.items():
         assert losses(records) == pytest.approx(losses(expected), rel=1e-6), name
         assert said.split("a sample\n")[1][:100] == out.split("a sample\n")[1][:100]

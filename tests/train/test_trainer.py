@@ -29,7 +29,7 @@ def train(settings: TrainConfig[Any], layout: Layout, directory: Path) -> tuple[
     settings = replace(settings, parallel=ParallelConfig(layout.tp, 1, layout.dp, layout.sequence_parallel))
     report = Trainer(settings, mesh, corpus(), directory).run()
     assert report.trace is not None
-    return replace(report, trace=None), len(report.trace.calls)
+    return replace(report, trace=None, memory=""), len(report.trace.calls)
 
 
 def by_hand(settings: TrainConfig[Any]) -> tuple[list[Record], torch.nn.Module]:

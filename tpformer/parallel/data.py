@@ -77,6 +77,14 @@ class GradientBuckets:
         sum_partial(views, self._placements, self._mesh.tp)
         return views
 
+    def buffers(self) -> list[Tensor]:
+        """The memory that gradients lie in from step to step."""
+        return [bucket.buffer for bucket in self._buckets]
+
+    def nbytes(self) -> int:
+        """Bytes of this rank's gradients."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
     def close(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:

@@ -101,6 +101,14 @@ class ShardedGradients:
         sum_partial(found, self._placements, self._mesh.tp)
         return found
 
+    def buffers(self) -> list[Tensor]:
+        """None: they are made anew in each step."""
+        return []
+
+    def nbytes(self) -> int:
+        """Bytes of this rank's rows of the gradients."""
+        return sum(local_part(p.detach()).nbytes for p in self._parameters.values())
+
     def close(self) -> None:
         """Nothing: FSDP2 cannot be taken off a model."""
 

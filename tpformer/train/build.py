@@ -30,6 +30,7 @@ class Training:
     runner: Any
     gradients: GradientBuckets | ShardedGradients
     optimizer: Optimizer
+    offload: ActivationOffload | None = None
 
 
 def build(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Training:
@@ -56,10 +57,10 @@ def build(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Training:
     optimizer = Optimizer(model, mesh, config.optimizer, dtype, offload=layout.offload_optimizer)
     gradients = ShardedGradients(model, stages, mesh, layout) if sharded else GradientBuckets(model, mesh)
     if mesh.pp.size == 1:
-        return Training(model, stages[0], gradients, optimizer)
+        return Training(model, stages[0], gradients, optimizer, offload)
     stream = torch.promote_types(compute, torch.float32) if layout.fp32_residual else compute
     batches = micro_batches(config, mesh, stream)
-    return Training(model, Pipeline(stages, mesh, layout, gradients, batches), gradients, optimizer)
+    return Training(model, Pipeline(stages, mesh, layout, gradients, batches), gradients, optimizer, offload)
 
 
 def model_config(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Any:

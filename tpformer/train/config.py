@@ -62,6 +62,10 @@ class RunConfig:
     """The run's directory below runs_dir; by default the date and time (with --resume, the latest run)."""
     resume: bool = False
     """Go on from the last checkpoint of a run, with its configuration and whatever flags are given."""
+    timeline: bool = False
+    """Record when each pipeline stage worked and idled in one step: a table, and timeline.png."""
+    memory_snapshot: bool = False
+    """Write torch's record of a step's allocations, on CUDA, for pytorch.org/memory_viz."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: GPUs where there are any."""
 

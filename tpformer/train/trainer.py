@@ -17,13 +17,14 @@ from tpformer.data import TokenSampler, unigram_entropy
 from tpformer.mesh import Mesh, divide
 from tpformer.models.generate import generate
 from tpformer.random import Key
-from tpformer.trace import Trace, trace_communication
+from tpformer.trace import Trace
 from tpformer.train.build import build
 from tpformer.train.config import TrainConfig
 from tpformer.train.corpus import Corpus
+from tpformer.train.first_steps import FirstSteps
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
 from tpformer.train.optimizer import learning_rate
-from tpformer.train.step import StepOptions, StepReport, train_step
+from tpformer.train.step import StepOptions, StepReport
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class TrainReport:
     uniform: float  # ln(vocab_size)
     unigram: float  # entropy of the held-out tokens
     trace: Trace | None
+    memory: str  # a table of every rank's bytes in a step
+    timeline: str  # a table of what each stage did when, if it was asked for
     sample: str
 
 
@@ -51,12 +54,11 @@ class Trainer:
         self.sampler = TokenSampler(corpus.train, data.seq_len, run.seed, corpus.vocab_size)
         self.held_out = TokenSampler(corpus.validation, data.seq_len, run.seed, corpus.vocab_size, shuffle=False)
         built = build(config, mesh, corpus.vocab_size)
-        self.model, self.runner = built.model, built.runner
-        self.gradients, self.optimizer = built.gradients, built.optimizer
+        self.model, self.runner, self.optimizer = built.model, built.runner, built.optimizer
+        self.steps = FirstSteps(built, config, mesh, directory)
         self.step = self._resume() if run.resume else 0
         self.chief = mesh.world.rank == 0
         self.metrics = MetricsFile(directory / "metrics.jsonl", self.step) if self.chief else None
-        self.trace: Trace | None = None
 
     def run(self) -> TrainReport:
         """Train to the configured number of steps and report."""
@@ -107,11 +109,7 @@ class Trainer:
             key=Key(run.seed).fold("dropout", self.step),
             z_loss=run.z_loss,
         )
-        if self.trace is None:  # the first step of this process, for the table of collectives
-            with trace_communication() as self.trace:
-                report = train_step(self.runner, self.gradients, self.optimizer, samples, options)
-        else:
-            report = train_step(self.runner, self.gradients, self.optimizer, samples, options)
+        report = self.steps.step(samples, options)
         self.step += 1
         return report
 
@@ -175,7 +173,10 @@ class Trainer:
                 self._log(validation_loss=validation)
             levels = {"ln(vocabulary)": uniform, "unigram entropy": unigram}
             plot_loss(self.directory / "loss.png", self.metrics.read(), levels)
-        return TrainReport(self.step, validation, uniform, unigram, self.trace, self._sample())
+        seen = self.steps
+        return TrainReport(
+            self.step, validation, uniform, unigram, seen.trace, seen.memory, seen.timeline, self._sample()
+        )
 
     def _sample(self) -> str:
         """Text after the prompt, where there is a tokenizer; collective."""
