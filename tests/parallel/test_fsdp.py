@@ -1,7 +1,7 @@
 """Sharing out gradients, optimizer state and parameters changes nothing that one process computes."""
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tests.proofs.compositions import LENGTH, VOCABULARY, Composition, batch, st
 from tpformer import Mesh, ParallelConfig
 from tpformer.parallel import fsdp
 from tpformer.train.build import build
-from tpformer.train.step import StepOptions, train_step
+from tpformer.train.step import train_step
 
 FP64 = torch.float64
 CASES = {
@@ -69,7 +69,7 @@ def broken(case: Composition, how: str) -> tuple[Measured, dict[str, int]]:
     torch.set_default_dtype(FP64)
     try:
         if how == "averages":
-            fsdp.FSDPModule.set_gradient_divide_factor = partial(_twice, reduce)  # type: ignore[method-assign]
+            fsdp.FSDPModule.set_gradient_divide_factor = lambda unit, factor: reduce(unit, 2 * factor)  # type: ignore
         mesh = Mesh.of(case.parallel, "cpu")
         built = build(case.config(), mesh, VOCABULARY)
         known = built.optimizer.placements
@@ -83,10 +83,6 @@ def broken(case: Composition, how: str) -> tuple[Measured, dict[str, int]]:
     finally:
         fsdp.FSDPModule.set_gradient_divide_factor = reduce  # type: ignore[method-assign]
         torch.set_default_dtype(default)
-
-
-def _twice(reduce: Any, unit: Any, factor: float) -> None:
-    reduce(unit, 2 * factor)
 
 
 def _forget(built: Any) -> None:
@@ -144,9 +140,10 @@ def losses(case: Composition, leaky: bool) -> list[float]:
 
         mine = len(batch(0)) // mesh.dp.size
         samples, found = batch(0)[mesh.dp.rank * mine :][:mine], [loss()]
-        train_step(built.runner, built.gradients, built.optimizer, samples, StepOptions(micro_batch_size=2, lr=0.1))
+        train_step(built.runner, built.gradients, built.optimizer, samples, micro_batch_size=2, lr=0.1)
         found.append(loss())
-        logits = built.runner.full_logits(batch(9)[:, :-1])
+        with torch.no_grad():
+            logits = built.runner.full_logits(batch(9)[:, :-1])
         assert logits.shape == (8, LENGTH, VOCABULARY)
         built.optimizer.load_state(first, 0)
         return [*found, loss()]
@@ -177,7 +174,7 @@ def test_gathered_weights_that_stay_would_be_stale(ranks: Ranks) -> None:
 
 
 def initial(case: Composition) -> dict[str, np.ndarray]:
-    """On a rank: the initial weights, whole; and that none was made whole to get them."""
+    """On a rank: the initial weights, put together."""
     mesh = Mesh.of(case.parallel, "cpu")
     built = build(case.config(), mesh, VOCABULARY)
     return {
@@ -190,8 +187,7 @@ def initial(case: Composition) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", ["fsdp-4", "fsdp-tp-sp", "fsdp-interleaved"])
 def test_initial_weights_are_those_of_one_process_bit_for_bit(name: str, ranks: Ranks) -> None:
     case = composition(name)
-    alone = initial(case.alone())
-    found: dict[str, Any] = {}
+    alone, found = initial(case.alone()), {}
     for answer in ranks(initial, case.world_size, case):
         found |= answer
     assert alone.keys() == found.keys()
@@ -216,7 +212,7 @@ def test_a_tied_embedding_at_both_ends_of_one_process_is_refused(ranks: Ranks) -
 
 def mesh_of_another_mode() -> str:
     """On a rank: what a mesh of plain replicas raises."""
-    with pytest.raises(ValueError, match=r"Mesh\.of") as error:
+    with pytest.raises(ValueError, match=r"groups of 2 replicas") as error:
         fsdp.is_sharded(Mesh.create(dp=2, device="cpu"), ParallelConfig(dp=2, dp_mode="fsdp"))
     return str(error.value)
 
