@@ -68,6 +68,11 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as such: torch would run it eagerly. Its collectives still come by here."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # DTensor goes first, and issues the collectives that it needs

@@ -79,6 +79,7 @@ def attention_backward() -> Iterator[tuple[Any, ...]]:
 
 
 EXAMPLES: dict[str, Callable[[], Any]] = {
+    "after": lambda: [(floats(N, D), floats(2)), (floats(D, N).t(), floats(N, D))],
     "accumulate_": lambda: [(floats(D, 5), floats(N, D), floats(N, 5), first) for first in (True, False)],
     "onednn_matmul": lambda: [(torch.randn(N, D), torch.randn(5, D).t(), b) for b in (None, torch.randn(5))],
     "matmul_forward": matmul_forward,
