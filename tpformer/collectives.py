@@ -57,8 +57,10 @@ def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
 
 def start_gather_sequence(x: Tensor, axis: Axis) -> Pending:
     """Start collecting (..., s/tp, d) from every rank into (..., s, d)."""
-    work, buffer = _all_gather(x, axis)
-    return Pending(work, buffer, axis.size)
+    if torch.compiler.is_compiling():
+        return Pending("in graph", _all_gather_in_graph(x, axis), axis.size)
+    buffer = x.new_empty(axis.size, *x.shape)
+    return Pending(_all_gather(buffer, x, axis), buffer, axis.size)
 
 
 def start_scatter_sequence(x: Tensor, axis: Axis) -> Pending:
@@ -107,18 +109,22 @@ def start_gather_stack(x: Tensor, axis: Axis) -> Pending:
     """Start collecting every rank's x, stacked in rank order along a new dim 0."""
     if axis.size == 1:
         return Pending(None, x.unsqueeze(0))
-    return Pending(*_all_gather(x, axis))
-
-
-def _all_gather(x: Tensor, axis: Axis) -> tuple[dist.Work | InGraph, Tensor]:
-    """Start filling (tp, *x.shape)."""
     if torch.compiler.is_compiling():
-        gather = torch.ops._c10d_functional.all_gather_into_tensor
-        return "in graph", gather(x.contiguous().unsqueeze(0), axis.size, _group_name(axis))
-    out = x.new_empty(axis.size, *x.shape)
+        return Pending("in graph", _all_gather_in_graph(x, axis))
+    stacked = x.new_empty(axis.size, *x.shape)
+    return Pending(_all_gather(stacked, x, axis), stacked)
+
+
+def _all_gather(out: Tensor, x: Tensor, axis: Axis) -> dist.Work:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
     # flat, because backends disagree on how the shapes may stack
-    return gather(out.view(-1), x.contiguous().view(-1), group=axis.group, async_op=True), out
+    return gather(out.view(-1), x.contiguous().view(-1), group=axis.group, async_op=True)
+
+
+def _all_gather_in_graph(x: Tensor, axis: Axis) -> Tensor:
+    """Not yet filled, (tp, *x.shape)."""
+    gather = torch.ops._c10d_functional.all_gather_into_tensor
+    return gather(x.contiguous().unsqueeze(0), axis.size, _group_name(axis))
 
 
 def _group_name(axis: Axis) -> str:

@@ -53,7 +53,7 @@ class TracedKey:
 @torch.library.custom_op("tpformer_random::fold_seed", mutates_args=())
 def fold_seed(seed: Tensor, names: str) -> Tensor:
     """Key.fold as an operator, into which torch.compile does not look; int64 () -> int64 ()."""
-    return _as_tensor(Key(seed.item() % 2**64).fold(names).seed)
+    return _as_tensor(Key(int(seed) % 2**64).fold(names).seed)
 
 
 @fold_seed.register_fake

@@ -179,7 +179,13 @@ def _call_site() -> str:
     while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")
         plumbing = path.endswith(("tpformer/trace.py", "tpformer/collectives.py", "tpformer/overlap.py"))
-        if not plumbing and "/site-packages/" not in path and "/torch/" not in path and "<" not in path:
+        if (
+            not plumbing
+            and "/torchinductor" not in path
+            and "/site-packages/" not in path
+            and "/torch/" not in path
+            and "<" not in path
+        ):
             return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
