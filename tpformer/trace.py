@@ -179,13 +179,8 @@ def _call_site() -> str:
     while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")
         plumbing = path.endswith(("tpformer/trace.py", "tpformer/collectives.py", "tpformer/overlap.py"))
-        if (
-            not plumbing
-            and "/torchinductor" not in path
-            and "/site-packages/" not in path
-            and "/torch/" not in path
-            and "<" not in path
-        ):
+        elsewhere = any(part in path for part in ("/site-packages/", "/torch/", "/torchinductor", "<"))
+        if not plumbing and not elsewhere:
             return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +18,9 @@ from tests.distributed import Ranks
 from tests.layers.prove import gradient
 from tests.proofs.cases import TOLERANCE, Config, Layout, Measured, build_random, gpt, llama, mismatches, random_batch
 from tpformer import GPT, Key, Llama, Mesh, trace_communication
+from tpformer.layers import linear
 from tpformer.mesh import Overlap
+from tpformer.overlap import gather_matmul, matmul_scatter
 from tpformer.parallel.compile import compile_blocks
 from tpformer.parallel.data import GradientBuckets
 
@@ -28,7 +31,7 @@ pytestmark = [
 ]
 
 Model = GPT | Llama
-Calls = Counter[tuple[str, ...]]
+Calls = Counter[tuple[str, str, str, str, str]]
 FP64, FP32 = torch.float64, torch.float32
 DROPOUT: dict[str, Any] = {"dropout": 0.2, "attention_dropout": 0.3}
 CONFIGS: dict[str, Config] = {"gpt": gpt(num_layers=3), "llama": llama(num_layers=3, num_kv_heads=2)}
@@ -75,6 +78,13 @@ def wrong_steps(model: Model, eager: list[tuple[Measured, Calls]], dtype: torch.
     return wrong
 
 
+def chunked() -> tuple[list[str], tuple[int, int]]:
+    """On a rank: the same of matmuls that run beside their communication, chunk by chunk."""
+    small: dict[str, Any] = {f.__name__: partial(f, least_rows=2) for f in (gather_matmul, matmul_scatter)}
+    with patch.multiple(linear, **small):
+        return compared(gpt(num_layers=1), Layout(2, 1, True), "chunked")
+
+
 def compared(config: Config, layout: Layout, overlap: Overlap = "auto") -> tuple[list[str], tuple[int, int]]:
     """On a rank: what is wrong in three compiled steps, and the number of graphs and of breaks."""
     model = build_random(config, replace(layout.mesh(), overlap=overlap), FP64)
@@ -102,6 +112,10 @@ def test_two_ranks(name: str, sequence_parallel: bool, ranks: Ranks) -> None:
     """So they are with tensor parallelism, whose collectives are those of eager blocks: as many, as large, as late."""
     dropout = DROPOUT if name == "gpt" and sequence_parallel else {}  # where a rank has a part of each mask
     assert ranks(compared, 2, replace(CONFIGS[name], **dropout), Layout(2, 1, sequence_parallel)) == [([], (1, 0))] * 2
+
+
+def test_chunked_overlap(ranks: Ranks) -> None:
+    assert ranks(chunked, 2) == [([], (1, 0))] * 2
 
 
 def test_triton_kernels_draw_the_same_masks() -> None:
@@ -228,19 +242,27 @@ class Breaks(nn.Module):
         return self.layer(x)
 
 
-def test_a_break_is_refused_and_counted() -> None:
+def breaking() -> Model:
+    """A model whose only block does."""
     model = build_random(gpt(num_layers=1), Mesh(), FP64)
-    model.blocks["0"].mlp = Breaks(model.blocks["0"].mlp)
+    block: Any = model.blocks["0"]
+    block.mlp = Breaks(block.mlp)
+    return model
+
+
+def test_a_break_is_refused_and_counted() -> None:
+    model = breaking()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
         compile_here(model)
         step(model, 0)
-    model = build_random(gpt(num_layers=1), Mesh(), FP64)
-    model.blocks["0"].mlp = Breaks(model.blocks["0"].mlp)
+    model = breaking()
     really = torch.compile
     with patch.object(torch, "compile", lambda f, fullgraph, **options: really(f, **options)):
         compile_here(model)
     step(model, 0)
-    assert graphs() == (2, 1)
+    compiled, breaks = graphs()
+    assert compiled > 1
+    assert breaks > 0
 
 
 def test_another_program_is_counted() -> None:
