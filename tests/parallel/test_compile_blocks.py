@@ -1,5 +1,6 @@
 """Compiled blocks: one graph for all of them, no break, and the losses, gradients and collectives of eager ones."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -134,12 +135,24 @@ def test_inductor() -> None:
     assert graphs() == (1, 0)
 
 
+def test_a_copy_of_a_compiled_model_is_compiled_with_its_own_weights() -> None:
+    model = build_random(gpt(num_layers=1), Mesh(), FP64)
+    compile_here(model, "eager")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    expected = step(build_random(gpt(num_layers=1), Mesh(), FP64), 0)
+    assert wrong_steps(twin, [expected]) == []
+    assert graphs() == (1, 0)
+
+
 def test_without_gradients_a_block_is_not_compiled() -> None:
     """Sampling, one token longer each time, would be a graph each."""
     model = build_random(CONFIGS["gpt"], Mesh(), FP64)
     tokens = random_batch(101)[0]
     expected = model.generate(tokens, max_new_tokens=3, temperature=0.0)
-    compile_here(model)
+    compile_here(model, "eager")
     assert torch.equal(model.generate(tokens, max_new_tokens=3, temperature=0.0), expected)
     assert graphs() == (0, 0)
 
@@ -253,12 +266,12 @@ def breaking() -> Model:
 def test_a_break_is_refused_and_counted() -> None:
     model = breaking()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
-        compile_here(model)
+        compile_here(model, "eager")
         step(model, 0)
     model = breaking()
     really = torch.compile
     with patch.object(torch, "compile", lambda f, fullgraph, **options: really(f, **options)):
-        compile_here(model)
+        compile_here(model, "eager")
     step(model, 0)
     compiled, breaks = graphs()
     assert compiled > 1
@@ -268,7 +281,7 @@ def test_a_break_is_refused_and_counted() -> None:
 def test_another_program_is_counted() -> None:
     """Another number of samples is one, as another seed or layer would be if it were not data."""
     model = build_random(CONFIGS["gpt"], Mesh(), FP64)
-    compile_here(model)
+    compile_here(model, "eager")
     step(model, 0)
     step(model, 0, samples=2)
     assert graphs() == (2, 0)
@@ -282,5 +295,5 @@ def test_other_masks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = [step(model, 0)]
     right = tpformer.random._as_tensor
     monkeypatch.setattr(tpformer.random, "_as_tensor", lambda n: right(n ^ 1 << 40))
-    compile_here(model)
+    compile_here(model, "eager")
     assert wrong_steps(model, eager) != []
