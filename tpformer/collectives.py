@@ -7,7 +7,7 @@
 Sources: arXiv 1909.08053, section 3 (its f and g); arXiv 2205.05198, section 4.2 (sequence parallelism).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,16 +16,21 @@ from torch.autograd.function import once_differentiable
 
 from tpformer.mesh import Axis, Mesh
 
+InGraph = Literal["in graph"]
+"""A collective that torch.compile traces: one of the functional operators, whose result must be waited for."""
+
 
 class Pending:
     """A tensor that a collective is still filling; `wait()` returns it when it is whole."""
 
-    def __init__(self, work: dist.Work | None, buffer: Tensor, axis_size: int = 1):
+    def __init__(self, work: dist.Work | InGraph | None, buffer: Tensor, axis_size: int = 1):
         self._work, self._buffer, self._axis_size = work, buffer, axis_size
 
     def wait(self) -> Tensor:
         """Block until the collective is done (on CUDA: until the current stream has it) and return the tensor."""
-        if self._work is not None:
+        if self._work == "in graph":
+            self._buffer = torch.ops._c10d_functional.wait_tensor(self._buffer)
+        elif self._work is not None:
             self._work.wait()
         if self._axis_size > 1:  # a gathered sequence: (tp, ..., s/tp, d) -> (..., s, d)
             return self._buffer.movedim(0, -3).flatten(-3, -2)
@@ -33,12 +38,18 @@ class Pending:
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
-    """Start summing x over the axis, in place; x must be contiguous and nobody else's."""
-    return Pending(dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None, x)
+    """Start summing x over the axis, in place (compiled, out of place); x must be contiguous and nobody else's."""
+    if axis.size == 1:
+        return Pending(None, x)
+    if torch.compiler.is_compiling():
+        return Pending("in graph", torch.ops._c10d_functional.all_reduce(x, "sum", _group_name(axis)))
+    return Pending(dist.all_reduce(x, group=axis.group, async_op=True), x)
 
 
 def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
-    """Sum x over the axis, in place."""
+    """Sum x over the axis, in place; compiled, the sum is what is returned only."""
+    if torch.compiler.is_compiling():
+        return start_all_reduce(x, axis).wait()
     if axis.size > 1:
         dist.all_reduce(x, group=axis.group)
     return x
@@ -46,6 +57,8 @@ def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
 
 def start_gather_sequence(x: Tensor, axis: Axis) -> Pending:
     """Start collecting (..., s/tp, d) from every rank into (..., s, d)."""
+    if torch.compiler.is_compiling():
+        return Pending("in graph", _all_gather_in_graph(x, axis), axis.size)
     buffer = x.new_empty(axis.size, *x.shape)
     return Pending(_all_gather(buffer, x, axis), buffer, axis.size)
 
@@ -53,6 +66,9 @@ def start_gather_sequence(x: Tensor, axis: Axis) -> Pending:
 def start_scatter_sequence(x: Tensor, axis: Axis) -> Pending:
     """Start summing (..., s, d) over the axis, leaving each rank its (..., s/tp, d)."""
     parts = split_sequence(x, axis).contiguous()  # (tp, ..., s/tp, d)
+    if torch.compiler.is_compiling():
+        scatter = torch.ops._c10d_functional.reduce_scatter_tensor
+        return Pending("in graph", scatter(parts.flatten(0, 1), "sum", axis.size, _group_name(axis)))
     mine = torch.empty_like(parts[0])
     # torch 2.13 renamed it
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -93,6 +109,8 @@ def start_gather_stack(x: Tensor, axis: Axis) -> Pending:
     """Start collecting every rank's x, stacked in rank order along a new dim 0."""
     if axis.size == 1:
         return Pending(None, x.unsqueeze(0))
+    if torch.compiler.is_compiling():
+        return Pending("in graph", _all_gather_in_graph(x, axis))
     stacked = x.new_empty(axis.size, *x.shape)
     return Pending(_all_gather(stacked, x, axis), stacked)
 
@@ -101,6 +119,17 @@ def _all_gather(out: Tensor, x: Tensor, axis: Axis) -> dist.Work:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
     # flat, because backends disagree on how the shapes may stack
     return gather(out.view(-1), x.contiguous().view(-1), group=axis.group, async_op=True)
+
+
+def _all_gather_in_graph(x: Tensor, axis: Axis) -> Tensor:
+    """Not yet filled, (tp, *x.shape)."""
+    gather = torch.ops._c10d_functional.all_gather_into_tensor
+    return gather(x.contiguous().unsqueeze(0), axis.size, _group_name(axis))
+
+
+def _group_name(axis: Axis) -> str:
+    assert axis.group is not None
+    return axis.group.group_name
 
 
 class _Enter(torch.autograd.Function):

@@ -154,7 +154,11 @@ def _chunked_gather_matmul(
         chunk = whole[:, start : start + tokens]  # (b·tp, tokens, d)
         chunk.unflatten(0, (batch, tp)).copy_(pending.pop(0).wait().transpose(0, 1))
         for matrix, product in zip(matrices, products, strict=True):
-            torch.bmm(chunk, matrix.expand(batch * tp, -1, -1), out=product[:, start : start + tokens])
+            part, factors = product[:, start : start + tokens], (chunk, matrix.expand(batch * tp, -1, -1))
+            if torch.compiler.is_compiling():  # which takes no memory with gaps for an output
+                part.copy_(torch.bmm(*factors))
+            else:
+                torch.bmm(*factors, out=part)
         start += tokens
     return whole.view(batch, tp * length, -1), [product.view(batch, tp * length, -1) for product in products]
 

@@ -68,6 +68,11 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as such: torch would run it eagerly. Its collectives still come by here."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # DTensor goes first, and issues the collectives that it needs
@@ -174,7 +179,8 @@ def _call_site() -> str:
     while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")
         plumbing = path.endswith(("tpformer/trace.py", "tpformer/collectives.py", "tpformer/overlap.py"))
-        if not plumbing and "/site-packages/" not in path and "/torch/" not in path and "<" not in path:
+        elsewhere = any(part in path for part in ("/site-packages/", "/torch/", "/torchinductor", "<"))
+        if not plumbing and not elsewhere:
             return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -11,6 +11,7 @@ from tpformer_kernels.gelu import bias_gelu
 from tpformer_kernels.matmul import fuses_activation, matmul, matmul_activation
 from tpformer_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tpformer_kernels.onednn import prefers_onednn
+from tpformer_kernels.order import after
 from tpformer_kernels.philox import philox, random_columns
 from tpformer_kernels.rope import apply_rope, split_and_rotate
 from tpformer_kernels.softmax import softmax
@@ -25,6 +26,7 @@ __all__ = [
     "accumulate_",
     "add_layer_norm",
     "add_rms_norm",
+    "after",
     "apply_rope",
     "attention",
     "attention_with_lse",

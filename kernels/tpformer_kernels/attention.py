@@ -14,7 +14,7 @@ from tpformer_kernels.attention_choice import attention_choice, sdpa
 from tpformer_kernels.attention_ops import Settings, attention_backward, attention_forward
 from tpformer_kernels.attention_reference import AttentionOptions, attention_reference, lse_reference
 from tpformer_kernels.backend import Backend
-from tpformer_kernels.dropout import signed
+from tpformer_kernels.dropout import drawn_at
 
 
 def attention(
@@ -112,16 +112,17 @@ def _in_triton(
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    seed, sample, head = options.place
+    (seed, sample, drawn), head = drawn_at(*options.place[:2]), options.place[2]
     settings = Settings(
         options.causal,
         options.scale_for(q.shape[3]),
         options.window,
         options.softcap,
         options.dropout,
-        signed(seed, 64),
+        seed,
         sample,
         head,
+        drawn,
     )
     return _Attention.apply(q, k, v, key_mask, cu_seqlens, settings)
 

@@ -27,9 +27,20 @@ class Settings(NamedTuple):
     seed: int
     sample: int
     head: int
+    drawn: Tensor | None = None
+    """Seed and sample in place of those numbers, int64 (2); see drawn_at."""
+
+    def known(self) -> "Settings":
+        """With seed and sample as numbers."""
+        if self.drawn is None:
+            return self
+        seed, sample = self.drawn.tolist()
+        return self._replace(seed=seed, sample=sample, drawn=None)
 
 
-SETTINGS = "bool causal, float scale, int? window, float softcap, float dropout, int seed, int sample, int head"
+SETTINGS = (
+    "bool causal, float scale, int? window, float softcap, float dropout, int seed, int sample, int head, Tensor? drawn"
+)
 """The same in torch's schema language."""
 
 
@@ -61,7 +72,7 @@ def attention_forward(
     o, lse = _empty_forward(q)
     q, k, v = _with_rows(q, k, v)
     key_mask = _as_bytes(key_mask)
-    chosen = Settings(*settings)
+    chosen = Settings(*settings).known()
     numbers, flags = _arguments(q, k, key_mask, chosen)
     del numbers["scale"]
     meta = _options("attention_forward", q, chosen)
@@ -85,7 +96,7 @@ def attention_backward(
     q, k, v, do, o = _with_rows(q, k, v, do, o)
     lse, key_mask = lse.contiguous(), _as_bytes(key_mask)
     delta = _delta(do, o, lse, dlse)
-    chosen = Settings(*settings)
+    chosen = Settings(*settings).known()
     numbers, flags = _arguments(q, k, key_mask, chosen)
     pointers = (q, k, v, do, lse, delta)
     if with_kv:

@@ -54,8 +54,8 @@ class _DropoutAdd(torch.autograd.Function):
 def _drop(x: Tensor, residual: Tensor | None, p: float, place: tuple[int, int, int], triton: bool) -> Tensor:
     if not triton:
         return dropout_add_reference(x, residual, p, place)
-    seed, sample, position = place
-    return dropout_add_forward(x, residual, p, signed(seed, 64), sample, position)
+    seed, sample, drawn = drawn_at(*place[:2])
+    return dropout_add_forward(x, residual, p, seed, sample, place[2], drawn)
 
 
 def dropout_add_reference(x: Tensor, residual: Tensor | None, p: float, place: tuple[int, int, int]) -> Tensor:
@@ -73,19 +73,42 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
+def drawn_at(seed: int | Tensor, sample: int | Tensor) -> tuple[int, int, Tensor | None]:
+    """Where a mask is drawn, as an operator takes it: the numbers and None, or zeros and a tensor (2) of both.
+
+    Tensors, int64 (), are for torch.compile, to which another number is another program. The seed becomes signed.
+    """
+    if isinstance(seed, Tensor) and isinstance(sample, Tensor):
+        return 0, 0, torch.stack([seed, sample])
+    assert isinstance(seed, int)
+    assert isinstance(sample, int)
+    return signed(seed, 64), sample, None
+
+
 def signed(n: int, bits: int) -> int:
     """The signed integer with the same bits."""
     return n - (1 << bits) if n >> (bits - 1) & 1 else n
 
 
 @operator(
-    "dropout_add(Tensor x, Tensor? residual, float p, int seed, int sample, int position) -> Tensor",
-    lambda x, residual, p, seed, sample, position: (x if residual is None else residual).new_empty(x.shape),
+    "dropout_add(Tensor x, Tensor? residual, float p, int seed, int sample, int position, Tensor? drawn=None)"
+    " -> Tensor",
+    lambda x, residual, *place: (x if residual is None else residual).new_empty(x.shape),
 )
-def dropout_add_forward(x: Tensor, residual: Tensor | None, p: float, seed: int, sample: int, position: int) -> Tensor:
+def dropout_add_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    p: float,
+    seed: int,
+    sample: int,
+    position: int,
+    drawn: Tensor | None = None,
+) -> Tensor:
     y = (x if residual is None else residual).new_empty(x.shape)
     if y.numel() == 0:
         return y
+    if drawn is not None:
+        seed, sample = drawn.tolist()
     flat, columns = rows_of(x), x.shape[-1]
     added = None if residual is None else rows_of(residual)
     meta = options("dropout_add", columns, x.device)

@@ -21,7 +21,7 @@ def attention(rows: int, size: int, dtype: torch.dtype, options: str, kernel: st
     key_mask = torch.ones(1, rows, dtype=torch.bool) if "masked" in options else None
     cu_seqlens = torch.tensor([0, rows // 2, rows], dtype=torch.int32) if "packed" in options else None
     window, softcap = rows // 4 if "window" in options else None, 30.0 if "capped" in options else 0.0
-    how = ("not causal" not in options, 0.5, window, softcap, 0.1 if "dropout" in options else 0.0, 1, 2, 3)
+    how = ("not causal" not in options, 0.5, window, softcap, 0.1 if "dropout" in options else 0.0, 1, 2, 3, None)
     if kernel == "forward":
         OPS.attention_forward(q, k, k, key_mask, cu_seqlens, *how)
         return

@@ -59,13 +59,15 @@ def matmul_forward() -> Iterator[tuple[Any, ...]]:
     yield floats(N, D).half(), floats(D, 4).half(), None, floats(4, N).t(), False
 
 
-PLAIN, EVERYTHING = (False, 0.5, None, 0.0, 0.0, 0, 0, 0), (True, 0.5, 4, 2.0, 0.25, -1, 1, 2)
+PLAIN, EVERYTHING = (False, 0.5, None, 0.0, 0.0, 0, 0, 0, None), (True, 0.5, 4, 2.0, 0.25, -1, 1, 2, None)
+DRAWN = (True, 0.5, None, 0.0, 0.25, 0, 0, 2, torch.tensor([-1, 1]))
 
 
 def attention_forward() -> Iterator[tuple[Any, ...]]:
     q, k, mask = floats(2, 4, N, 16), floats(2, 2, 5, 16), torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
     yield q, k, k, None, None, *PLAIN
     yield q.half(), k.half(), k.half(), mask, None, *EVERYTHING
+    yield q, k, k, None, None, *DRAWN
     packing = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
     yield (*(floats(1, 5, 2, 16).transpose(1, 2) for _ in range(3)), None, packing, *EVERYTHING)
 
@@ -79,6 +81,7 @@ def attention_backward() -> Iterator[tuple[Any, ...]]:
 
 
 EXAMPLES: dict[str, Callable[[], Any]] = {
+    "after": lambda: [(floats(N, D), floats(2)), (floats(D, N).t(), floats(N, D))],
     "accumulate_": lambda: [(floats(D, 5), floats(N, D), floats(N, 5), first) for first in (True, False)],
     "onednn_matmul": lambda: [(torch.randn(N, D), torch.randn(5, D).t(), b) for b in (None, torch.randn(5))],
     "matmul_forward": matmul_forward,
@@ -105,6 +108,7 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
         (floats(2, N, D), None, 0.25, -1, 1, 2),
         (floats(2, N, D).half(), floats(2, N, D), 0.25, 1 << 62, 1, 2),
         (floats(2, D, N).transpose(1, 2), None, 0.0, 5, 1, 2),
+        (floats(2, N, D), None, 0.25, 0, 0, 2, torch.tensor([-1, 1])),
     ],
     "cross_entropy_statistics": lambda: [(*cross_entropy()[:3], s, c) for s in (True, False) for c in (0.0, 5.0)],
     "cross_entropy_gradient": lambda: [(*cross_entropy(), c) for c in (0.0, 5.0)],

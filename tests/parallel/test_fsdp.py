@@ -14,7 +14,7 @@ from tests.proofs.compositions import LENGTH, VOCABULARY, Composition, batch, st
 from tpformer import Mesh, ParallelConfig
 from tpformer.parallel import fsdp
 from tpformer.train.build import build
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 
 FP64 = torch.float64
 CASES = {
@@ -140,7 +140,7 @@ def losses(case: Composition, leaky: bool) -> list[float]:
 
         mine = len(batch(0)) // mesh.dp.size
         samples, found = batch(0)[mesh.dp.rank * mine :][:mine], [loss()]
-        train_step(built.runner, built.gradients, built.optimizer, samples, micro_batch_size=2, lr=0.1)
+        train_step(built.runner, built.gradients, built.optimizer, samples, StepOptions(micro_batch_size=2, lr=0.1))
         found.append(loss())
         with torch.no_grad():
             logits = built.runner.full_logits(batch(9)[:, :-1])

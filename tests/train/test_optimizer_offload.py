@@ -27,7 +27,7 @@ from tpformer.parallel_config import ParallelConfig
 from tpformer.train import optimizer as optimizer_module
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
 from tpformer.train.optimizer_offload import SLOTS, UNIT, HostState, Piece
-from tpformer.train.step import train_step
+from tpformer.train.step import StepOptions, train_step
 from tpformer.train.trainer import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,7 +123,7 @@ def losses_on(layout: Layout, dtype: torch.dtype | None) -> list[list[float]]:
         optimizer, buckets = Optimizer(model, mesh, CONFIG, dtype, offload=offload), GradientBuckets(model, mesh)
         samples = torch.randint(101, (4, 9), generator=torch.Generator().manual_seed(0))
         samples = samples.chunk(mesh.dp.size)[mesh.dp.rank]
-        reports = [train_step(model, buckets, optimizer, samples, micro_batch_size=1, lr=0.01) for _ in range(3)]
+        reports = [train_step(model, buckets, optimizer, samples, StepOptions(micro_batch_size=1, lr=0.01)) for _ in range(3)]
         found.append([report.loss for report in reports])
     return found
 

@@ -22,7 +22,7 @@ from tpformer.layers.init import draw_uniform
 from tpformer.mesh import Mesh, divide
 from tpformer.overlap import gather_matmul, matmul_scatter, overlap_mode
 from tpformer.placement import Placement, replicated, split
-from tpformer_kernels import Backend, check_backend, fuses_activation, matmul, matmul_activation
+from tpformer_kernels import Backend, after, check_backend, fuses_activation, matmul, matmul_activation
 
 
 class ColumnParallelLinear(nn.Module):
@@ -219,7 +219,7 @@ class _ColumnLinear(torch.autograd.Function):
         if product.activation is not None and grads[0] is None:
             return None, None, None, None
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        whole_x = start_enter(x, product.mesh) if needs_weight else None
+        whole_x = start_enter(_in_backward(x, grads[0], product), product.mesh) if needs_weight else None
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]  # (b·s, f/interleave/tp)
         dx = dweight = dbias = None
         if needs_x and product.overlaps():
@@ -291,6 +291,11 @@ class _Leave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return start_enter(dy, ctx.mesh).wait(), None
+
+
+def _in_backward(x: Tensor, dy: Tensor, product: Product) -> Tensor:
+    """x, to be gathered again: a compiler would rather gather it once, and keep it whole from forward to backward."""
+    return after(x, dy) if torch.compiler.is_compiling() and product.mesh.sequence_parallel else x
 
 
 def _batched(x: Tensor) -> Tensor:
