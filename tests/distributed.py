@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.interpreter import quick
+
 WORKERS = 4
 
 
@@ -81,23 +83,24 @@ def _work(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     modules: dict[str, types.ModuleType] = {}
-    while True:
-        try:
-            path, name, args, rank, world_size, store = pipe.recv()
-        except (EOFError, OSError):
-            return
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        try:
-            module = modules[path] = modules.get(path) or _load(path)
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-            answer = True, getattr(module, name)(*args)
-            if dist.is_initialized():  # a peer may still be connecting
-                dist.barrier()
-        except BaseException:
-            answer = False, traceback.format_exc()
-        if dist.is_initialized():  # before the answer, at which the caller removes the store
-            dist.destroy_process_group()
-        pipe.send(answer)
+    with quick():
+        while True:
+            try:
+                path, name, args, rank, world_size, store = pipe.recv()
+            except (EOFError, OSError):
+                return
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+            try:
+                module = modules[path] = modules.get(path) or _load(path)
+                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+                answer = True, getattr(module, name)(*args)
+                if dist.is_initialized():  # a peer may still be connecting
+                    dist.barrier()
+            except BaseException:
+                answer = False, traceback.format_exc()
+            if dist.is_initialized():  # before the answer, at which the caller removes the store
+                dist.destroy_process_group()
+            pipe.send(answer)
 
 
 def _load(path: str) -> types.ModuleType:
