@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.distributed import Ranks
+from tests.interpreter import quick
 
 # Triton reads it when it is imported, here and in the workers: on a GPU the kernels' tests run them as they are
 if not torch.cuda.is_available():
@@ -24,6 +25,13 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    """Here as on the ranks."""
+    with quick():
+        yield
 
 
 @pytest.fixture(autouse=True)

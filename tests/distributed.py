@@ -4,7 +4,6 @@ import importlib.util
 import multiprocessing as mp
 import os
 import sys
-import tempfile
 import time
 import traceback
 import types
@@ -12,6 +11,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.interpreter import quick
 
 WORKERS = 4
 
@@ -26,15 +30,17 @@ class Ranks:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
+        # over a socket: with a store in a file each process group waits for its polling
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._jobs = 0
 
     def __call__(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
         self._start(max(WORKERS, world_size))
-        with tempfile.TemporaryDirectory() as directory:
-            path = str(Path(sys.modules[fn.__module__].__file__ or "").resolve())
-            for rank in range(world_size):
-                job = (path, fn.__qualname__, args, rank, world_size, f"{directory}/store")
-                self._workers[rank][1].send(job)
-            return self._collect(world_size, time.monotonic() + timeout)
+        self._jobs += 1
+        path = str(Path(sys.modules[fn.__module__].__file__ or "").resolve())
+        for rank in range(world_size):
+            self._workers[rank][1].send((path, fn.__qualname__, args, rank, world_size, str(self._jobs)))
+        return self._collect(world_size, time.monotonic() + timeout)
 
     def close(self) -> None:
         """End the workers."""
@@ -47,7 +53,7 @@ class Ranks:
     def _start(self, count: int) -> None:
         while len(self._workers) < count:
             ours, theirs = mp.get_context("spawn").Pipe()
-            process = mp.get_context("spawn").Process(target=_work, args=(theirs,), daemon=True)
+            process = mp.get_context("spawn").Process(target=_work, args=(theirs, self._store.port), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -74,30 +80,30 @@ class Ranks:
         return [results[rank] for rank in range(world_size)]
 
 
-def _work(pipe: Connection) -> None:
+def _work(pipe: Connection, port: int) -> None:
     """A worker's life: one job after another, each in a process group of its own."""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     modules: dict[str, types.ModuleType] = {}
-    while True:
-        try:
-            path, name, args, rank, world_size, store = pipe.recv()
-        except (EOFError, OSError):
-            return
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        try:
-            module = modules[path] = modules.get(path) or _load(path)
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-            answer = True, getattr(module, name)(*args)
-            if dist.is_initialized():  # a peer may still be connecting
-                dist.barrier()
-        except BaseException:
-            answer = False, traceback.format_exc()
-        if dist.is_initialized():  # before the answer, at which the caller removes the store
-            dist.destroy_process_group()
-        pipe.send(answer)
+    with quick():
+        while True:
+            try:
+                path, name, args, rank, world_size, job = pipe.recv()
+            except (EOFError, OSError):
+                return
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+            try:
+                module = modules[path] = modules.get(path) or _load(path)
+                place = dist.PrefixStore(job, store)
+                dist.init_process_group("gloo", store=place, rank=rank, world_size=world_size)
+                answer = True, getattr(module, name)(*args)
+                if dist.is_initialized():  # a peer may still be connecting
+                    dist.barrier()
+            except BaseException:
+                answer = False, traceback.format_exc()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            pipe.send(answer)
 
 
 def _load(path: str) -> types.ModuleType:

@@ -56,7 +56,9 @@ def test_torchrun_ends_well_and_leaves_no_process(launched: Ended) -> None:
 def test_it_prints_the_collectives_the_losses_and_a_sample(launched: Ended, place: Path) -> None:
     """Once, by one rank. The table's rows are of one layer at tp 2; the loss is near ln(257) after three steps."""
     out = launched.out
-    assert out.count("tp 2 x pp 1 x dp 1 on cpu, fp32") == out.count("held-out loss") == out.count("ln(vocabulary)") == 1
+    assert (
+        out.count("tp 2 x pp 1 x dp 1 on cpu, fp32") == out.count("held-out loss") == out.count("ln(vocabulary)") == 1
+    )
     table = re.findall(r"^(all_\w+) +(\w+) +(forward|backward) +(\w+) +(\d+) +([\d,]+) +(\S+):\d+$", out, re.MULTILINE)
     activation = 4 * 16 * 32 * 4  # batch, length, width, bytes of a number
     assert [
@@ -94,13 +96,17 @@ def test_it_writes_the_run(launched: Ended, place: Path) -> None:
     assert f"{found[3]['validation_loss']:.4f}" == f"{number('held-out loss', launched.out):.4f}"
 
 
-def test_resume_goes_on_from_the_last_checkpoint(launched: Ended, place: Path) -> None:
-    """Under torchrun again, with nothing said but --resume and more steps: the rest is the run's own configuration."""
+def test_resume_goes_on_from_the_last_checkpoint(launched: Ended, place: Path, ranks: Ranks) -> None:
+    """With nothing said but --resume and more steps: the rest is the run's own configuration.
+
+    (Under torchrun a killed run is resumed, in test_killed.)
+    """
+    assert launched.code == 0
     before = records(place / "runs" / "first")
-    ended = launch(["--resume", "--steps", "5"], place).end()
-    assert ended.code == 0, ended.err
-    assert ended.left == []
-    assert "resumed at step 3" in ended.out
+    (code, out, err), *others = ranks(pretrain, 2, ["--resume", "--steps", "5"], place)
+    assert code == 0, err
+    assert others == [(0, "", "")]
+    assert "resumed at step 3" in out
     found = records(place / "runs" / "first")
     assert found[:4] == before
     assert [r["step"] for r in found] == [1, 2, 3, 3, 4, 5, 5]

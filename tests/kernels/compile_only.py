@@ -177,12 +177,14 @@ def has_rows(name: str, architecture: int) -> bool:
 def main() -> None:
     """Prints the results, as a JSON list, to standard output."""
     results: list[Result] = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.kernels.compile_cases"])  # what each process would import for seconds
     for architecture in tables.ARCHITECTURES:  # each in processes of its own: Triton 3.6 has crashed where they met
         # keys that share a case lie apart, so that the second finds in the cache what the first has compiled
         names = [name for name in CASES if has_rows(name, architecture)] + (
             list(CONTROLS) if architecture == 90 else []
         )
-        with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
             results += pool.map(compile_case, [architecture] * len(names), names)
     json.dump([asdict(result) for result in results], sys.stdout)
 

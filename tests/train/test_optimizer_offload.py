@@ -123,7 +123,9 @@ def losses_on(layout: Layout, dtype: torch.dtype | None) -> list[list[float]]:
         optimizer, buckets = Optimizer(model, mesh, CONFIG, dtype, offload=offload), GradientBuckets(model, mesh)
         samples = torch.randint(101, (4, 9), generator=torch.Generator().manual_seed(0))
         samples = samples.chunk(mesh.dp.size)[mesh.dp.rank]
-        reports = [train_step(model, buckets, optimizer, samples, StepOptions(micro_batch_size=1, lr=0.01)) for _ in range(3)]
+        reports = [
+            train_step(model, buckets, optimizer, samples, StepOptions(micro_batch_size=1, lr=0.01)) for _ in range(3)
+        ]
         found.append([report.loss for report in reports])
     return found
 

@@ -10,6 +10,7 @@ from tpformer.models.gpt import GPT, GPTConfig
 from tpformer.models.init import init_weights
 from tpformer.models.llama import Llama
 from tpformer.models.stage import DecoderStage
+from tpformer.parallel.compile import compile_blocks
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel.fsdp import ShardedGradients, is_sharded, shard
 from tpformer.parallel.offload import ActivationOffload
@@ -44,6 +45,8 @@ def build(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Training:
     kind: Any = GPT if isinstance(sizes, GPTConfig) else Llama
     part = part_of(mesh.pp.rank, parts, layout)
     model = kind(sizes, mesh, seed=None, part=part, fp32_residual=layout.fp32_residual)  # on the meta device
+    if layout.compile:
+        compile_blocks(model)
     apply_recompute(model, layout)
     offload = ActivationOffload(mesh.device) if layout.offload_activations else None
     stages = {number: DecoderStage(model, parts[number], offload) for number in stages_of(mesh.pp.rank, layout)}
