@@ -187,7 +187,8 @@ def initial(case: Composition) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", ["fsdp-4", "fsdp-tp-sp", "fsdp-interleaved"])
 def test_initial_weights_are_those_of_one_process_bit_for_bit(name: str, ranks: Ranks) -> None:
     case = composition(name)
-    alone, found = initial(case.alone()), {}
+    alone = initial(case.alone())
+    found: dict[str, Any] = {}
     for answer in ranks(initial, case.world_size, case):
         found |= answer
     assert alone.keys() == found.keys()
