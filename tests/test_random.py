@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tpformer import Key
-from tpformer.random import normal, uniform
+from tpformer.random import TracedKey, normal, uniform
 from tpformer_kernels import philox, random_columns
 
 # https://github.com/DEShawResearch/random123, tests/kat_vectors: philox4x32, 10 rounds
@@ -147,3 +147,13 @@ def test_folding_is_the_same_in_every_process_and_release() -> None:
 
 def test_folding_keeps_the_sample() -> None:
     assert Key(3, sample=8).fold("a") == replace(Key(3).fold("a"), sample=8)
+
+
+def test_a_traced_key_folds_to_the_same_bits() -> None:
+    """As signed numbers: for seeds on both sides of 2^63, and names of both kinds."""
+    for seed in (0, 3, 2**63 - 1, 2**63, 2**64 - 1):
+        key = Key(seed, sample=8)
+        traced, folded = TracedKey.of(key).fold("a", 1).fold("b"), key.fold("a", 1).fold("b")
+        assert int(TracedKey.of(key).seed) % 2**64 == seed
+        assert int(traced.seed) % 2**64 == folded.seed
+        assert int(traced.sample) == folded.sample
