@@ -11,11 +11,20 @@ def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Te
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
-        # int64 products wrap modulo 2^64, so both 32-bit halves of the unsigned product are exact
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        (high0, low0), (high1, low1) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return torch.broadcast_tensors(c0, c1, c2, c3)
+
+
+def _product(c: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of the product of two unsigned 32-bit words."""
+    if torch.compiler.is_compiling():
+        # a compiler's C++ may do anything with a signed product beyond 2^63: two that stay below 2^48
+        upper, lower = c * (factor >> 16), c * (factor & 0xFFFF)
+        return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _MASK
+    product = c * factor  # eager ones wrap modulo 2^64, so that both halves are exact
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def random_columns(key: int, rows: tuple[Tensor, Tensor, Tensor], start: int, stop: int) -> Tensor:

@@ -45,6 +45,26 @@ ROWS = [
     row("llama-tied", pp=2, dp=2, pp_schedule="zbv", micro_batch_size=1),
     row("llama", pp=2, dp=2, dtype=torch.float32),
     row("llama-tied", pp=2, tp=2, dp=2, micro_batch_size=1, **SP),
+    row("llama-tied", dp=2, dp_mode="zero2"),
+    row("gpt-tied", dp=2, dp_mode="fsdp"),
+    row("llama", dp=4, dp_mode="hsdp", dp_shard=2, micro_batch_size=1),
+    row("llama-tied", tp=2, dp=2, dp_mode="fsdp", **SP),
+    row("gpt-tied", pp=2, dp=2, dp_mode="fsdp"),
+    row("llama", pp=2, dp=2, dp_mode="zero2", pp_schedule="interleaved_1f1b", micro_batch_size=1),
+    row("llama", tp=2, recompute="full"),
+    row("gpt-tied", tp=2, recompute="full", recompute_every=2, **SP),
+    row("llama", recompute="selective"),
+    row("llama", tp=2, pp=2, recompute="selective", recompute_modules=("attention", "mlp")),
+    row("llama", tp=2, dp=2, dp_mode="fsdp", recompute="full"),
+    row("llama", offload_activations=True, offload_optimizer=True),
+    row("gpt-tied", pp=2, pp_schedule="zbv", recompute="full", offload_activations=True),
+    row("llama-tied", dp=2, dp_mode="fsdp", offload_optimizer=True),
+    row("llama", tp=2, compile=True, **SP),
+    row("gpt-untied", pp=2, compile=True, recompute="full"),
+    row("gpt-untied", dp=2, dp_mode="fsdp", compile=True),
+    row("llama", pp=2, precision="bf16", dtype=torch.float32),
+    row("gpt-untied", pp=2, precision="fp16", fp32_residual=True, dtype=torch.float32),
+    row("llama", pp=2, precision="bf16", offload_optimizer=True, recompute="full", dtype=torch.float32),
 ]
 
 
@@ -97,34 +117,63 @@ def expected_collectives(case: Composition) -> dict[str, int]:
     elif p.tp > 1:
         found["all_reduce tp"] += count * (4 * blocks + first + last)
         found["all_gather tp"] += count * last  # the loss's statistics
+    found.update(replayed(p, count, [layer for part in mine for layer in part.layers]))
     if p.pp > 1:
         down, up = (sum(1 for part in mine if not getattr(part, end)) for end in ("last", "first"))
         tied = MODELS[case.model].tie_embeddings and not (first and last)
         found["send pp"] += count * (down + up) + tied
         found["recv pp"] += count * (down + up) + tied
-    if (p.dp or 1) > 1:
+    if p.dp_mode != "replicate":
+        axis, ends = "dp_shard" if p.dp_mode == "hsdp" else "dp", sum(part.first or part.last for part in mine)
+        # a pipeline, and zero2, gather once a step; the others each block twice a micro-batch, and the ends once
+        once = p.pp > 1 or p.dp_mode == "zero2"
+        found[f"all_gather {axis}"] += blocks + ends if once else count * (2 * blocks + ends)
+        found[f"reduce_scatter {axis}"] += blocks + ends
+        found["all_reduce dp_replicate"] += (blocks + ends) * (p.dp_mode == "hsdp")
+    elif (p.dp or 1) > 1:
         found["all_reduce dp"] += 1  # one bucket
     alone = [axis for axis in ("tp", "pp", "dp") if (getattr(p, axis) or 1) == case.world_size > 1]
-    found[f"all_reduce {alone[0] if alone else 'world'}"] += 1  # the norm, with the loss
+    found[f"all_reduce {alone[0] if alone else 'world'}"] += case.world_size > 1  # the norm, with the loss
     return {name: number for name, number in found.items() if number}
+
+
+def replayed(p: ParallelConfig, count: int, layers: list[int]) -> dict[str, int]:
+    """What recomputation sends again: of a block, all but its last sum; of attention or mlp, what enters it."""
+    core = p.recompute == "selective" and p.recompute_modules == ("attention.core",)
+    if p.tp == 1 or p.recompute == "none" or core:
+        return {}
+    again = count * sum(layer % p.recompute_every == 0 for layer in layers)
+    if p.recompute == "selective":
+        return {"all_gather tp": again * len(p.recompute_modules)} if p.sequence_parallel else {}
+    if p.sequence_parallel:
+        return {"all_gather tp": 2 * again, "reduce_scatter tp": again}
+    return {"all_reduce tp": again}
 
 
 def line(case: Composition, counts: dict[str, int]) -> str:
     """A row of the README's table."""
     p = case.parallel
-    layout = f"| {case.model} | {p.tp}{' sp' if p.sequence_parallel else ''} | {p.pp} | {p.dp or 1}"
+    replicas = f"{p.dp or 1}{f' {p.dp_mode}' if p.dp_mode != 'replicate' else ''}{f' {p.dp_shard}' * (p.dp_shard > 0)}"
+    layout = f"| {case.model} | {p.tp}{' sp' if p.sequence_parallel else ''} | {p.pp} | {replicas}"
     schedule = "" if p.pp == 1 else f"{p.pp_schedule}, {BATCH // (p.dp or 1) // case.micro_batch_size}"
+    modules = f" {' '.join(p.recompute_modules)}" if p.recompute == "selective" else ""
+    every = f" every {p.recompute_every}" if p.recompute_every > 1 else ""
+    moved = [name for name in ("activations", "optimizer") if getattr(p, f"offload_{name}")]
+    memory = [f"recompute {p.recompute}{modules}{every}"] * (p.recompute != "none")
+    memory += [f"offload {' '.join(moved)}"] * bool(moved) + ["compile"] * p.compile
+    memory += [p.precision] * (p.precision != "fp32") + ["fp32 residual"] * p.fp32_residual
     number = {"float64": "fp64, 1e-10", "float32": "fp32, 1e-5"}[str(case.dtype).removeprefix("torch.")]
     calls = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    return f"{layout} | {schedule} | {number} | {calls} |"
+    return f"{layout} | {schedule} | {', '.join(memory)} | {number} | {calls} |"
 
 
 def test_the_readme_has_this_table(found: Found, request: pytest.FixtureRequest) -> None:
     """Which is what the rows gave, each of them."""
     if len(found.lines) < len(ROWS):
         return  # only some of the rows were asked for, or some failed
-    head = "| model | tp | pp | dp | schedule, micro-batches | compared in | collectives of a step, first process |\n"
-    table = head + "|---" * 7 + "|\n" + "\n".join(found.lines[str(case)] for case in ROWS) + "\n"
+    columns = ("model", "tp", "pp", "dp", "schedule, micro-batches", "memory, precision", "compared in", "collectives")
+    head = f"| {' | '.join(columns)} |\n"
+    table = head + "|---" * 8 + "|\n" + "\n".join(found.lines[str(case)] for case in ROWS) + "\n"
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
