@@ -46,8 +46,9 @@ def measure(parallel: ParallelConfig, micro_batches: int) -> Bytes:
         found[moment] = sum(x.nbytes() for address, x in alive().items() if address not in before)
 
     samples = batch(0)[:micro_batches, : LENGTH + 1]
-    _watch(built, note)
-    for _ in range(2):
+    for step in range(2):
+        if step == 1:
+            _watch(built, note)
         train_step(built.runner, built.gradients, built.optimizer, samples, micro_batch_size=1, lr=0.01)
     note("after the step")
     return found
@@ -73,7 +74,6 @@ def _watch(built: Any, note: Any) -> None:
 SHARDED = [
     ({"dp": 2, "dp_mode": "zero2"}, 1),
     ({"dp": 2, "dp_mode": "zero2", "precision": "bf16"}, 2),
-    ({"dp": 2, "dp_mode": "fsdp"}, 1),
     ({"dp": 2, "dp_mode": "fsdp", "precision": "bf16"}, 1),
     ({"dp": 2, "dp_mode": "fsdp"}, 2),
     ({"dp": 4, "dp_mode": "fsdp", "precision": "bf16"}, 1),
@@ -102,8 +102,7 @@ def test_a_rank_holds_its_share_within_five_percent(layout: dict[str, Any], micr
         assert each.gathered - slack <= gathered <= 3 * each.gathered + slack
 
 
-@pytest.mark.parametrize(("precision", "total"), [("fp32", 16), ("bf16", 18)])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("precision", "total", "tp"), [("fp32", 16, 1), ("bf16", 18, 2)])
 def test_replicas_hold_everything(precision: str, total: int, tp: int, ranks: Ranks) -> None:
     parallel = ParallelConfig(dp=2, tp=tp, precision=precision)  # type: ignore[arg-type]
     each = state_bytes(parallel, 1)
