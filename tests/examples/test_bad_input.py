@@ -70,7 +70,31 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "tp by dp": ("--dp 2", r"tp \(2\) x pp \(1\) x dp \(2\) needs 4 processes, but 2 are running"),
     "tp of none": ("--tp 0", r"tp \(0\) must be at least 1"),
-    "a pipeline": ("--tp 1 --pp 2", r"pp \(2\) must be 1: these models are not cut into pipeline stages"),
+    "more stages than layers": (
+        "--tp 1 --pp 2",
+        r"num_layers \(1\) must be at least the number of pipeline stages \(2\)",
+    ),
+    "too few micro-batches": (
+        "--tp 1 --pp 2 --num-layers 2",
+        r"pp_schedule \(1f1b\) on pp \(2\) needs at least 2 micro-b",
+    ),
+    "a batch that cannot be cut": (
+        "--tp 1 --pp 2 --num-layers 2 --batch-size 4 --micro-batch-size 3",
+        r"batch_size / dp \(4\) must be divisible by micro_batch_size \(3\)",
+    ),
+    "a compiled zero bubble": (
+        "--tp 1 --pp 2 --num-layers 4 --pp-schedule zbv --compile",
+        r"compile cannot be used with pp_schedule \(zbv\)",
+    ),
+    "an unknown module": (
+        "--recompute selective --recompute-modules mpl",
+        r"recompute_modules \(mpl\) must be among a block's: attention_norm, ",
+    ),
+    "no CUDA to take a snapshot of": ("--memory-snapshot", r"memory_snapshot needs a CUDA device, not cpu"),
+    "groups that do not fit": (
+        "--tp 1 --dp-mode hsdp --dp-shard 3",
+        r"dp \(2\) must be divisible by dp_shard \(3\)",
+    ),
     # flags and TOML
     "an unknown flag": ("--stepz 2", r"Unrecognized options: --stepz"),
     "no number": ("--lr fast", r"Error parsing --lr: could not convert string to float: 'fast'"),
