@@ -194,6 +194,38 @@ def test_every_rank_refuses_degrees_that_do_not_fit(ranks: Ranks) -> None:
         assert still_there
 
 
+def groups(processes_of_node: int, config: ParallelConfig) -> tuple[int, int] | str:
+    """The sizes of dp_replicate and dp_shard, or what is wrong, where so many processes share a machine."""
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(processes_of_node))
+        try:
+            mesh = Mesh.of(config, "cpu")
+        except ValueError as error:
+            return str(error)
+    dist.barrier()
+    return mesh.dp_replicate.size, mesh.dp_shard.size
+
+
+@pytest.mark.parametrize(
+    ("processes_of_node", "options", "expected"),
+    [
+        (2, {}, (2, 2)),
+        (4, {}, (1, 4)),
+        (4, {"pp": 2}, (1, 2)),  # the node has both stages, and of each all replicas
+        (2, {"tp": 2}, (2, 1)),
+        (1, {"tp": 2}, "dp_mode hsdp: a node's 1 processes have no whole replica of tp (2); give dp_shard"),
+        (1, {"tp": 2, "dp_shard": 2}, (1, 2)),
+        (4, {"dp_shard": 3}, "dp (4) must be divisible by dp_shard (3)"),
+    ],
+)
+def test_hsdp_takes_the_replicas_of_a_node(
+    processes_of_node: int, options: dict[str, int], expected: tuple[int, int] | str, ranks: Ranks
+) -> None:
+    config = ParallelConfig(dp_mode="hsdp", **options)  # type: ignore[arg-type]
+    assert ranks(groups, 4, processes_of_node, config) == [expected] * 4
+
+
 def close() -> bool:
     mesh = Mesh.create(tp=2)
     dist.barrier()

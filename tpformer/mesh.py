@@ -75,19 +75,18 @@ class Mesh:
         ParallelConfig does.
         """
         config = ParallelConfig(tp, pp, dp, sequence_parallel, overlap=overlap)
-        world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = _world_size()
         sizes = config.sizes(world_size)
+        shard = dp_shard or sizes[1]
+        divide(sizes[1], shard, "dp", "dp_shard")
         place = _device(device)
         if world_size == 1 and not dist.is_initialized() and "RANK" not in os.environ:
             return Mesh(device=place, sequence_parallel=sequence_parallel, overlap=overlap)
         if not dist.is_initialized():
             backend = "nccl" if place.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        device_mesh = _device_mesh(place.type, sizes, dp_shard or sizes[1])
-        axes = {name: _axis(name, device_mesh) for name in ("pp", "dp", "dp_replicate", "dp_shard", "tp")}
-        if "dp_shard" not in (device_mesh.mesh_dim_names or ()):  # one of the two is dp itself
-            whole, alone = ("dp_replicate", "dp_shard") if dp_shard == 1 else ("dp_shard", "dp_replicate")
-            axes |= {whole: axes["dp"], alone: Axis(alone)}
+        device_mesh = _device_mesh(place.type, sizes, shard)
+        axes = _axes(device_mesh, shard)
         world = Axis("world", world_size, dist.get_rank())
         # torch gives an axis that is the whole world the default group: let the trace name the axis
         named = [name for name in ("pp", "dp", "tp") if axes[name].size == world_size > 1]
@@ -105,8 +104,13 @@ class Mesh:
 
     @staticmethod
     def of(config: ParallelConfig, device: str | None = None) -> "Mesh":
-        """The mesh that a configuration asks for, of the processes that torchrun started. Raises as `create` does."""
-        shard = {"replicate": 1, "hsdp": config.dp_shard or _processes_of_node() // config.tp}.get(config.dp_mode, 0)
+        """The mesh that a configuration asks for, of the processes that torchrun started.
+
+        Raises as `create` does, and where hsdp is to take the replicas of a node which has none whole.
+        """
+        shard = 1 if config.dp_mode == "replicate" else config.dp_shard  # 0: all of dp
+        if config.dp_mode == "hsdp" and not shard:
+            shard = _replicas_of_node(config)
         return Mesh.create(
             config.tp,
             config.pp,
@@ -125,13 +129,22 @@ class Mesh:
 def _device_mesh(device_type: str, sizes: tuple[int, int, int], dp_shard: int) -> DeviceMesh:
     """The processes as (pp, dp, tp), or as (pp, dp_replicate, dp_shard, tp) if only a part of dp shares parameters."""
     pp, dp, tp = sizes
-    replicas = divide(dp, dp_shard, "dp", "dp_shard")
+    replicas = dp // dp_shard
     if 1 in (dp_shard, replicas):
         return init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp", "tp"))
     names = ("pp", "dp_replicate", "dp_shard", "tp")
     device_mesh = init_device_mesh(device_type, (pp, replicas, dp_shard, tp), mesh_dim_names=names)
     device_mesh["dp_replicate", "dp_shard"]._flatten("dp")
     return device_mesh
+
+
+def _axes(device_mesh: DeviceMesh, dp_shard: int) -> dict[str, Axis]:
+    """All axes but the world, by name."""
+    axes = {name: _axis(name, device_mesh) for name in ("pp", "dp", "dp_replicate", "dp_shard", "tp")}
+    if "dp_shard" not in (device_mesh.mesh_dim_names or ()):  # one of the two is dp itself
+        whole, alone = ("dp_replicate", "dp_shard") if dp_shard == 1 else ("dp_shard", "dp_replicate")
+        axes |= {whole: axes["dp"], alone: Axis(alone)}
+    return axes
 
 
 def _axis(name: str, device_mesh: DeviceMesh) -> Axis:
@@ -141,9 +154,20 @@ def _axis(name: str, device_mesh: DeviceMesh) -> Axis:
     return Axis(name, device_mesh[name].size(), device_mesh[name].get_local_rank(), device_mesh)
 
 
-def _processes_of_node() -> int:
-    """How many processes torchrun started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _replicas_of_node(config: ParallelConfig) -> int:
+    """How many neighbours on the dp axis torchrun started on one machine.
+
+    Raises ValueError if a machine has not even one: its tp ranks lie on several.
+    """
+    _, dp, tp = config.sizes(_world_size())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here < tp:
+        raise ValueError(f"dp_mode hsdp: a node's {here} processes have no whole replica of tp ({tp}); give dp_shard")
+    return min(dp, here // tp)  # pp is outermost: a node may have all replicas of a stage, and several stages
 
 
 def _release(device_mesh: Callable[[], DeviceMesh | None]) -> None:

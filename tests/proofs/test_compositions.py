@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.distributed import Ranks
 from tests.proofs.cases import TOLERANCE, Measured, mismatches
 from tests.proofs.compositions import BATCH, MODELS, Composition, train
 from tpformer import ParallelConfig
+from tpformer.parallel.offload import ActivationOffload
 from tpformer.parallel.split import stage_parts, stages_of
 
 README = Path(__file__).parents[2] / "README.md"
@@ -98,6 +100,19 @@ def test_three_steps_are_those_of_one_process(case: Composition, found: Found, r
     counts = results[0][1]
     assert counts == expected_collectives(case)
     found.lines[str(case)] = line(case, counts)
+
+
+@pytest.mark.parametrize("case", [row for row in ROWS if row.parallel.offload_activations], ids=str)
+def test_what_is_said_to_be_offloaded_is(case: Composition, ranks: Ranks) -> None:
+    """By every process; models so small would move nothing by default."""
+    assert min(ranks(offloaded_storages, case.world_size, case)) > 0
+
+
+def offloaded_storages(case: Composition) -> int:
+    """On a rank: how many tensors were moved to the host in three steps."""
+    with patch.object(ActivationOffload, "_keep", autospec=True, side_effect=ActivationOffload._keep) as keep:
+        train(case)
+    return keep.call_count
 
 
 def expected_collectives(case: Composition) -> dict[str, int]:

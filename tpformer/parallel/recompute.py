@@ -15,7 +15,7 @@ def apply_recompute(model: nn.Module, config: ParallelConfig) -> None:
     full: the whole block, of which its input is kept. selective: each of `recompute_modules`, named as below the
     block (arXiv 2205.05198, section 5). Parameters, their names and the hooks on a module stay as they are; so do the
     numbers, since dropout masks come from keys. Recomputation stops at the last tensor that backward needs, so that
-    only the collectives before it run again.
+    only the collectives before it run again; of a compiled block all do.
     Raises ValueError for a module that a block does not have.
     """
     blocks: Any = model.blocks

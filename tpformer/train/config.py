@@ -77,6 +77,9 @@ class RunConfig:
         for name in (*counts, "keep_checkpoints", "sample_tokens", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
+        for name, number, which in (("memory_snapshot", 2, "second"), ("timeline", 3, "third")):
+            if getattr(self, name) and self.steps < number:
+                raise ValueError(f"{name} is of a run's {which} step: steps ({self.steps}) must be at least {number}")
 
 
 @dataclass(frozen=True)

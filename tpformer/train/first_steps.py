@@ -54,6 +54,9 @@ class FirstSteps:
 
     def _measured(self, samples: Tensor, options: StepOptions) -> StepReport:
         built, offload, device = self._built, self._built.offload, self._mesh.device
+        if self._config.parallel.compile and device.type == "cpu":
+            self.memory = "not measured: on a CPU each operator would be followed, which torch.compile does not allow"
+            return self._step(samples, options)
         # what is kept on the host does not count, and on a CPU it would
         state = () if self._config.parallel.offload_optimizer else built.optimizer.state().values()
         path = self._directory / f"memory_snapshot_{self._mesh.world.rank:05d}.pickle"
