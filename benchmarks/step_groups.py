@@ -34,6 +34,7 @@ GROUPS: dict[str, Group] = {
         "#e377c2",
         (
             r"^(c10d|_c10d_functional|nccl|gloo):",
+            r"^tpformer::after$",  # what keeps a compiler's gather in its place
             r"^nccl",
             r"^_(Enter|Leave|GatherFeatures|SplitFeatures)(Backward)?$",
         ),

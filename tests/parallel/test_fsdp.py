@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.distributed import Ranks
 from tests.proofs.cases import Measured, mismatches
 from tests.proofs.compositions import LENGTH, VOCABULARY, Composition, batch, steps, train, whole
 from tpformer import Mesh, ParallelConfig
+from tpformer.layers import init
 from tpformer.parallel import fsdp
 from tpformer.train.build import build
 from tpformer.train.step import StepOptions, train_step
@@ -104,20 +108,21 @@ def _forget(built: Any) -> None:
     [
         ("fsdp", "averages", "gradient norm.weight"),
         ("hsdp", "every replica counts", "norm 0"),
-        ("fsdp-tp", "copies are not summed", "gradient blocks.0.attention.kv.weight"),
         ("fsdp", "the first micro-batch is lost", "gradient norm.weight"),
     ],
 )
 def test_what_is_wrong_is_seen(name: str, how: str, wrong: str, ranks: Ranks) -> None:
     """The controls: each of these mistakes is found by the comparison above."""
     case = composition(name)
-    try:
-        found = merged(ranks(broken, case.world_size, case, how))
-    except RuntimeError as error:  # copies that differ cannot be put together
-        assert "copies of this tensor differ" in str(error)
-        assert how == "copies are not summed"
-        return
+    found = merged(ranks(broken, case.world_size, case, how))
     assert any(line.startswith(wrong) for line in mismatches(expected(case.model), found, 1e-10))
+
+
+def test_copies_whose_gradients_are_not_summed_are_seen(ranks: Ranks) -> None:
+    """The control for tp: the rows of keys' and values' weights that two ranks hold."""
+    case = composition("fsdp-tp")
+    with pytest.raises(RuntimeError, match="copies of this tensor differ"):
+        ranks(broken, case.world_size, case, "copies are not summed")
 
 
 # what is gathered is never older than the weights
@@ -188,11 +193,43 @@ def initial(case: Composition) -> dict[str, np.ndarray]:
 def test_initial_weights_are_those_of_one_process_bit_for_bit(name: str, ranks: Ranks) -> None:
     case = composition(name)
     alone = initial(case.alone())
-    found: dict[str, Any] = {}
+    found: dict[str, np.ndarray] = {}
     for answer in ranks(initial, case.world_size, case):
         found |= answer
     assert alone.keys() == found.keys()
     assert all(np.array_equal(alone[key].view(np.uint8), found[key].view(np.uint8)) for key in alone)
+
+
+class Watch(TorchDispatchMode):
+    """The most numbers in memory behind any result of any operator; the meta device has none."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and not isinstance(x, DTensor) and not x.is_meta:
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def largest_allocation(case: Composition) -> int:
+    """On a rank: numbers in the largest memory that building makes."""
+    mesh = Mesh.of(case.parallel, "cpu")
+    chunk, init.CHUNK = init.CHUNK, 256
+    try:
+        with Watch() as watch:
+            build(case.config(), mesh, VOCABULARY)
+    finally:
+        init.CHUNK = chunk
+    return watch.largest
+
+
+def test_no_rank_ever_holds_a_whole_matrix(ranks: Ranks) -> None:
+    """The largest is this rank's quarter of the embedding, 128 rows of 32; one process has all of it (the control)."""
+    case = Composition("llama", ParallelConfig(dp=4, dp_mode="fsdp"))
+    assert ranks(largest_allocation, 4, case) == [128 * 32 // 4] * 4
+    assert largest_allocation(case.alone()) >= 128 * 32
 
 
 # what cannot be

@@ -143,6 +143,9 @@ def _release(stage: nn.Module) -> None:
 
 
 def _release_without_gradient(stage: nn.Module, args: Any, output: Any) -> None:
-    """After a forward that no backward follows: nothing gathered outlives it to be stale after the next update."""
+    """After a forward that no backward follows: nothing gathered outlives it to be stale after weights change.
+
+    FSDP2 itself keeps the root's parameters, and those of zero2 and pipelines, gathered until a backward.
+    """
     if not torch.is_grad_enabled():
         _release(stage)
