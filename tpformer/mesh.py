@@ -68,7 +68,6 @@ class Mesh:
         """The mesh of the processes that torchrun started; dp fills what tp and pp leave.
 
         dp_shard: how many neighbours on the dp axis share out their parameters; 0 takes all of dp.
-
         Joins the default process group (NCCL on GPUs, gloo on CPUs) or starts it from torchrun's
         environment; with one process and no launcher there is no process group at all.
         Raises ValueError, before any communication, if the degrees do not match the processes or the GPUs, and as
@@ -87,14 +86,9 @@ class Mesh:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         device_mesh = _device_mesh(place.type, sizes, shard)
         axes = _axes(device_mesh, shard)
-        world = Axis("world", world_size, dist.get_rank())
-        # torch gives an axis that is the whole world the default group: let the trace name the axis
-        named = [name for name in ("pp", "dp", "tp") if axes[name].size == world_size > 1]
-        if world.group is not None:
-            world.group._set_group_desc(f"mesh_{named[0]}" if named else "default_pg")
         atexit.register(_release, weakref.ref(device_mesh))
         return Mesh(
-            world=world,
+            world=_world(axes),
             sequence_parallel=sequence_parallel,
             device=place,
             device_mesh=device_mesh,
@@ -145,6 +139,16 @@ def _axes(device_mesh: DeviceMesh, dp_shard: int) -> dict[str, Axis]:
         whole, alone = ("dp_replicate", "dp_shard") if dp_shard == 1 else ("dp_shard", "dp_replicate")
         axes |= {whole: axes["dp"], alone: Axis(alone)}
     return axes
+
+
+def _world(axes: dict[str, Axis]) -> Axis:
+    """All axes together: the default group."""
+    world = Axis("world", dist.get_world_size(), dist.get_rank())
+    # torch gives an axis that is the whole world the default group: let the trace name the axis
+    named = [name for name in ("pp", "dp", "tp") if axes[name].size == world.size > 1]
+    if world.group is not None:
+        world.group._set_group_desc(f"mesh_{named[0]}" if named else "default_pg")
+    return world
 
 
 def _axis(name: str, device_mesh: DeviceMesh) -> Axis:
