@@ -127,9 +127,7 @@ def _device_mesh(device_type: str, sizes: tuple[int, int, int], dp_shard: int) -
     if 1 in (dp_shard, replicas):
         return init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp", "tp"))
     names = ("pp", "dp_replicate", "dp_shard", "tp")
-    device_mesh = init_device_mesh(device_type, (pp, replicas, dp_shard, tp), mesh_dim_names=names)
-    device_mesh["dp_replicate", "dp_shard"]._flatten("dp")
-    return device_mesh
+    return init_device_mesh(device_type, (pp, replicas, dp_shard, tp), mesh_dim_names=names)
 
 
 def _axes(device_mesh: DeviceMesh, dp_shard: int) -> dict[str, Axis]:
@@ -152,10 +150,14 @@ def _world(axes: dict[str, Axis]) -> Axis:
 
 
 def _axis(name: str, device_mesh: DeviceMesh) -> Axis:
-    """One axis of the mesh, alone if the mesh does not have it."""
-    if name != "dp" and name not in (device_mesh.mesh_dim_names or ()):
+    """One axis of the mesh, alone if the mesh does not have it; dp may be two of its axes."""
+    names = device_mesh.mesh_dim_names or ()
+    if name in names:
+        return Axis(name, device_mesh[name].size(), device_mesh[name].get_local_rank(), device_mesh)
+    if name != "dp":
         return Axis(name)
-    return Axis(name, device_mesh[name].size(), device_mesh[name].get_local_rank(), device_mesh)
+    dp = device_mesh["dp_replicate", "dp_shard"]._flatten("dp")
+    return Axis("dp", dp.size(), dp.get_local_rank(), dp)
 
 
 def _world_size() -> int:
