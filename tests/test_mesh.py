@@ -1,6 +1,7 @@
 """The mesh: how ranks lie on its axes, that one process needs no process group, and what its errors say."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -197,13 +198,18 @@ def test_every_rank_refuses_degrees_that_do_not_fit(ranks: Ranks) -> None:
 def groups(processes_of_node: int, config: ParallelConfig) -> tuple[int, int] | str:
     """The sizes of dp_replicate and dp_shard, or what is wrong, where so many processes share a machine."""
     dist.barrier()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="error"):
         patch.setenv("LOCAL_WORLD_SIZE", str(processes_of_node))
         try:
             mesh = Mesh.of(config, "cpu")
         except ValueError as error:
             return str(error)
     dist.barrier()
+    assert dist.get_process_group_ranks(mesh.dp.group) == [
+        rank
+        for rank in range(4)
+        if (rank // mesh.tp.size) // mesh.dp.size == mesh.pp.rank and rank % mesh.tp.size == mesh.tp.rank
+    ]
     return mesh.dp_replicate.size, mesh.dp_shard.size
 
 

@@ -68,7 +68,6 @@ class Mesh:
         """The mesh of the processes that torchrun started; dp fills what tp and pp leave.
 
         dp_shard: how many neighbours on the dp axis share out their parameters; 0 takes all of dp.
-
         Joins the default process group (NCCL on GPUs, gloo on CPUs) or starts it from torchrun's
         environment; with one process and no launcher there is no process group at all.
         Raises ValueError, before any communication, if the degrees do not match the processes or the GPUs, and as
@@ -87,14 +86,9 @@ class Mesh:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         device_mesh = _device_mesh(place.type, sizes, shard)
         axes = _axes(device_mesh, shard)
-        world = Axis("world", world_size, dist.get_rank())
-        # torch gives an axis that is the whole world the default group: let the trace name the axis
-        named = [name for name in ("pp", "dp", "tp") if axes[name].size == world_size > 1]
-        if world.group is not None:
-            world.group._set_group_desc(f"mesh_{named[0]}" if named else "default_pg")
         atexit.register(_release, weakref.ref(device_mesh))
         return Mesh(
-            world=world,
+            world=_world(axes),
             sequence_parallel=sequence_parallel,
             device=place,
             device_mesh=device_mesh,
@@ -133,9 +127,7 @@ def _device_mesh(device_type: str, sizes: tuple[int, int, int], dp_shard: int) -
     if 1 in (dp_shard, replicas):
         return init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp", "tp"))
     names = ("pp", "dp_replicate", "dp_shard", "tp")
-    device_mesh = init_device_mesh(device_type, (pp, replicas, dp_shard, tp), mesh_dim_names=names)
-    device_mesh["dp_replicate", "dp_shard"]._flatten("dp")
-    return device_mesh
+    return init_device_mesh(device_type, (pp, replicas, dp_shard, tp), mesh_dim_names=names)
 
 
 def _axes(device_mesh: DeviceMesh, dp_shard: int) -> dict[str, Axis]:
@@ -147,11 +139,25 @@ def _axes(device_mesh: DeviceMesh, dp_shard: int) -> dict[str, Axis]:
     return axes
 
 
+def _world(axes: dict[str, Axis]) -> Axis:
+    """All axes together: the default group."""
+    world = Axis("world", dist.get_world_size(), dist.get_rank())
+    # torch gives an axis that is the whole world the default group: let the trace name the axis
+    named = [name for name in ("pp", "dp", "tp") if axes[name].size == world.size > 1]
+    if world.group is not None:
+        world.group._set_group_desc(f"mesh_{named[0]}" if named else "default_pg")
+    return world
+
+
 def _axis(name: str, device_mesh: DeviceMesh) -> Axis:
-    """One axis of the mesh, alone if the mesh does not have it."""
-    if name != "dp" and name not in (device_mesh.mesh_dim_names or ()):
+    """One axis of the mesh, alone if the mesh does not have it; dp may be two of its axes."""
+    names = device_mesh.mesh_dim_names or ()
+    if name in names:
+        return Axis(name, device_mesh[name].size(), device_mesh[name].get_local_rank(), device_mesh)
+    if name != "dp":
         return Axis(name)
-    return Axis(name, device_mesh[name].size(), device_mesh[name].get_local_rank(), device_mesh)
+    dp = device_mesh["dp_replicate", "dp_shard"]._flatten("dp")
+    return Axis("dp", dp.size(), dp.get_local_rank(), dp)
 
 
 def _world_size() -> int:

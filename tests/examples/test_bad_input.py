@@ -58,6 +58,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "width of a head": ("--head-dim 7", r"head_dim \(7\) must be even"),
     "ffn by tp": ("--ffn-hidden-size 33", r"ffn_hidden_size \(33\) must be divisible by tp \(2\)"),
     "sequence by tp": ("--seq-len 17 --sequence-parallel", r"seq_len \(17\) must be divisible by tp \(2\)"),
+    "positions by tp": ("--max-seq-len 17 --sequence-parallel", r"max_seq_len \(17\) must be divisible by tp \(2\)"),
     "sequence by positions": ("--max-seq-len 8", r"seq_len \(16\) must be at most max_seq_len \(8\)"),
     "batch by dp": ("--tp 1 --batch-size 3", r"batch_size \(3\) must be divisible by dp \(2\)"),
     "an activation": ("--activation relu", r"activation \('relu'\) must be one of silu, gelu, gelu_tanh"),
@@ -70,31 +71,36 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "tp by dp": ("--dp 2", r"tp \(2\) x pp \(1\) x dp \(2\) needs 4 processes, but 2 are running"),
     "tp of none": ("--tp 0", r"tp \(0\) must be at least 1"),
-    # pipelines and replicas
-    "stages by layers": ("--tp 1 --pp 2", r"num_layers \(1\) must be at least the number of pipeline stages \(2\)"),
-    "a list of layers": (
-        "--tp 1 --pp 2 --num-layers 2 --layers-per-stage 1 2",
-        r"layers_per_stage \(1, 2\) adds up to 3, but num_layers is 2",
+    "more stages than layers": (
+        "--tp 1 --pp 2",
+        r"num_layers \(1\) must be at least the number of pipeline stages \(2\)",
     ),
-    "one micro-batch": (
+    "too few micro-batches": (
         "--tp 1 --pp 2 --num-layers 2",
-        r"pp_schedule \(1f1b\) on pp \(2\) needs at least 2 micro-batches, not 1",
+        r"pp_schedule \(1f1b\) on pp \(2\) needs at least 2 micro-b",
     ),
-    "uneven micro-batches": (
-        "--tp 1 --pp 2 --num-layers 2 --micro-batch-size 3",
+    "a batch that cannot be cut": (
+        "--tp 1 --pp 2 --num-layers 2 --batch-size 4 --micro-batch-size 3",
         r"batch_size / dp \(4\) must be divisible by micro_batch_size \(3\)",
     ),
     "a compiled zero bubble": (
         "--tp 1 --pp 2 --num-layers 4 --pp-schedule zbv --compile",
         r"compile cannot be used with pp_schedule \(zbv\)",
     ),
-    "groups of replicas": ("--tp 1 --dp-mode hsdp --dp-shard 3", r"dp \(2\) must be divisible by dp_shard \(3\)"),
-    "a group of another mode": ("--tp 1 --dp-mode fsdp --dp-shard 2", r"dp_shard \(2\) is for dp_mode hsdp"),
-    "a module to recompute": (
-        "--recompute selective --recompute-modules mlp.middle",
-        r"recompute_modules \(mlp\.middle\) must be among a block's: attention_norm",
+    "an unknown module": (
+        "--recompute selective --recompute-modules mpl",
+        r"recompute_modules \(mpl\) must be among a block's: attention_norm, ",
     ),
-    "a snapshot of a CPU": ("--memory-snapshot --device cpu", r"memory_snapshot needs a CUDA device, not cpu"),
+    "no CUDA to take a snapshot of": ("--memory-snapshot", r"memory_snapshot needs a CUDA device, not cpu"),
+    "groups that do not fit": (
+        "--tp 1 --dp-mode hsdp --dp-shard 3",
+        r"dp \(2\) must be divisible by dp_shard \(3\)",
+    ),
+    "a list of layers": (
+        "--tp 1 --pp 2 --num-layers 2 --layers-per-stage 1 2",
+        r"layers_per_stage \(1, 2\) adds up to 3, but num_layers is 2",
+    ),
+    "a group of another mode": ("--tp 1 --dp-mode fsdp --dp-shard 2", r"dp_shard \(2\) is for dp_mode hsdp"),
     "a timeline of no step": ("--timeline", r"timeline is of a run's third step: steps \(2\) must be at least 3"),
     # flags and TOML
     "an unknown flag": ("--stepz 2", r"Unrecognized options: --stepz"),
