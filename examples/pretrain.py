@@ -8,6 +8,7 @@ Every setting is a flag (`--help` lists them), and a TOML file can hold them (`-
 import os
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tpformer.train.trainer import Trainer, TrainReport
 
 def main(arguments: list[str]) -> int:
     """Run; the exit code."""
+    # FSDP2 warns of what nothing here does: to change a block's output in place
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     world = Mesh.create()  # all processes as one axis, so that what goes wrong on one is heard of by all
     try:
         config = together(lambda: parse_config(arguments, quiet=world.world.rank > 0), world)

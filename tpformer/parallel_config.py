@@ -79,6 +79,8 @@ class ParallelConfig:
                 f"overlap ({self.overlap!r}) needs sequence_parallel: without it no matmul has a gather before it "
                 "or a reduce-scatter after it"
             )
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError("recompute selective needs recompute_modules: name modules of a block, as attention.core")
         self._check_pipeline()
         if self.dp_shard and self.dp_mode != "hsdp":
             raise ValueError(f"dp_shard ({self.dp_shard}) is for dp_mode hsdp, not {self.dp_mode}")

@@ -76,6 +76,7 @@ def test_stages_of_a_rank(schedule: Any, expected: list[list[int]]) -> None:
         ({"pp": 2, "pp_schedule": "zbv", "compile": True}, r"compile cannot be used with pp_schedule \(zbv\)"),
         ({"pp_schedule": "2f2b"}, r"pp_schedule \('2f2b'\) must be one of 'gpipe', '1f1b'"),
         ({"dp_shard": 2}, r"dp_shard \(2\) is for dp_mode hsdp, not replicate"),
+        ({"recompute": "selective", "recompute_modules": ()}, r"recompute selective needs recompute_modules"),
         ({"recompute_every": 0}, r"recompute_every \(0\) must be at least 1"),
     ],
 )

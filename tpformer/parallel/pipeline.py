@@ -163,7 +163,7 @@ class _ScheduledStage(PipelineStage):
         mesh = module.mesh
         shape = (batches.size, batches.seq_len)
         length = batches.seq_len // (mesh.tp.size if mesh.sequence_parallel else 1)
-        # on the meta device: with the shapes known, nothing is asked of the other ranks
+        # on the meta device: with the shapes known, no stage has to be run to find them out
         tokens = torch.empty(shape, dtype=torch.int64, device="meta")
         x = torch.empty(batches.size, length, module.config.hidden_size, dtype=batches.dtype, device="meta")
         x.requires_grad_()
