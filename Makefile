@@ -52,7 +52,8 @@ CUDA_PYTHON := env -u TRITON_INTERPRET PYTHONPATH=.:kernels $(PYTHON)
 # other versions of torch and Triton have warnings of their own, which are no errors there
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no CUDA device here")'
-	$(CUDA_PYTHON) -m pytest tests/kernels tests/proofs/test_on_device.py tests/test_overlap_on_device.py -p no:cacheprovider -W default
+	$(CUDA_PYTHON) -m pytest tests/kernels tests/proofs/test_on_device.py tests/test_overlap_on_device.py \
+		tests/parallel/test_offload.py tests/train/test_optimizer_offload.py tests/train/test_memory.py -p no:cacheprovider -W default
 	$(CUDA_PYTHON) -m benchmarks.kernels $(ARGS)
 	$(CUDA_PYTHON) -m benchmarks.matmul $(filter --quick,$(ARGS))
 	$(CUDA_PYTHON) -m benchmarks.step_profile --device cuda --preset 1b
