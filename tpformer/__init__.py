@@ -1,6 +1,8 @@
 """tpformer: tensor-parallel Transformers that you can read, prove and run anywhere."""
 
-# the layout
+# Hugging Face directories
+from tpformer.checkpoint.huggingface import load_pretrained as load_pretrained
+
 # building blocks
 from tpformer.layers.attention import AttentionConfig as AttentionConfig
 from tpformer.layers.attention import SelfAttention as SelfAttention
@@ -19,6 +21,8 @@ from tpformer.layers.mlp import GatedMLP as GatedMLP
 from tpformer.layers.norm import LayerNorm as LayerNorm
 from tpformer.layers.norm import RMSNorm as RMSNorm
 from tpformer.layers.rope import RopeScaling as RopeScaling
+
+# the layout
 from tpformer.mesh import Axis as Axis
 from tpformer.mesh import Mesh as Mesh
 

@@ -7,7 +7,8 @@
 Sources: arXiv 1909.08053, section 3 (its f and g); arXiv 2205.05198, section 4.2 (sequence parallelism).
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from tpformer.mesh import Axis, Mesh
 
+T = TypeVar("T")
 InGraph = Literal["in graph"]
 """A collective that torch.compile traces: one of the functional operators, whose result must be waited for."""
 
@@ -228,6 +230,17 @@ def raise_together(error: BaseException | None, axis: Axis) -> None:
         raise error
     if text:
         raise (OSError if text[0] == "O" else ValueError)(text[1:])
+
+
+def together(action: Callable[[], T], axis: Axis) -> T:
+    """Do it on every rank of the axis; if it fails on any, every rank raises that error (as `raise_together` does)."""
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    raise_together(error, axis)
+    return result
 
 
 def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:

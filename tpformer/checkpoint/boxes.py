@@ -46,8 +46,7 @@ class Kept:
             return dict.fromkeys(self.tensors, ())
         whole = ((len(rows), *shape[1:]) for rows in self.rows(shape[0]))
         return {
-            tensor: sizes[::-1] if self.transposed else sizes
-            for tensor, sizes in zip(self.tensors, whole, strict=True)
+            tensor: sizes[::-1] if self.transposed else sizes for tensor, sizes in zip(self.tensors, whole, strict=True)
         }
 
 
