@@ -1,6 +1,7 @@
 """Which file of a checkpoint has which tensor, and where in it: the same for every layout that writes it.
 
-A safetensors file is the header's length (8 bytes), the header (JSON), and the numbers (huggingface.co/docs/safetensors).
+A safetensors file is the header's length (8 bytes), the header (JSON), and the numbers
+(huggingface.co/docs/safetensors).
 """
 
 import json

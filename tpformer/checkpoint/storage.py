@@ -9,7 +9,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,9 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from tpformer.checkpoint.chunks import Chunk
+from tpformer.checkpoint.digests import Digest
+from tpformer.checkpoint.files import naming
 from tpformer.checkpoint.layout import MAX_FILE_BYTES, File, Whole, arrange
-
-
-@dataclass(frozen=True)
-class Digest:
-    """The crc32 of a chunk's numbers in their order."""
-
-    key: str
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    crc32: int
 
 
 def write_chunks(found: list[Chunk], writer: "SafetensorsWriter", group: dist.ProcessGroup | None) -> None:
@@ -43,7 +35,9 @@ def write_chunks(found: list[Chunk], writer: "SafetensorsWriter", group: dist.Pr
     Raises, on every rank the same, the first rank's error: OSError for a disk that is full, ValueError for chunks
     that do not make up their tensors.
     """
-    state = {key: list(same) for key, same in itertools.groupby(found, key=lambda chunk: chunk.key)}
+    state: dict[str, list[Chunk]] = {}
+    for chunk in found:
+        state.setdefault(chunk.key, []).append(chunk)
     planner = ChunkPlanner()
     try:
         if group is None:
@@ -112,7 +106,7 @@ class SafetensorsWriter(StorageWriter):
         for file in self._files:
             path = self.directory / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as opened:
+            with naming(path), path.open("wb") as opened:
                 opened.write(file.header)
                 opened.truncate(file.bytes)
         where = {key: (file.name, begin) for file in self._files for key, begin in file.offsets.items()}
@@ -125,11 +119,8 @@ class SafetensorsWriter(StorageWriter):
             files.setdefault(plan.storage_data[item.index.fqn][0], []).append(item)
         results: list[WriteResult] = []
         for name, items in files.items():
-            path = self.directory / name
-            try:
-                results += _write(path, items, plan, planner)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from error
+            with naming(self.directory / name):
+                results += _write(self.directory / name, items, plan, planner)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

@@ -1,8 +1,10 @@
-"""Checkpoints of a run: safetensors and JSON, atomic, readable at any layout.
+"""Checkpoints of a run: safetensors of whole tensors and JSON, atomic, the same files from every layout.
 
     checkpoints/step_00000400/
-      meta.json                        step, and whatever else the trainer wants to know again
-      part_00000_of_00002.safetensors  the slices that each rank of a replica owns; the header says where they belong
+      config.json  generation_config.json  model.safetensors   the weights: a Hugging Face directory
+      optimizer/model.safetensors                              exp_avg and exp_avg_sq under the weights' names
+      meta.json                                                step, layout, and what the trainer wants to know again
+      checksums.json                                           of every byte of the others
 
 A checkpoint is written to a directory of another name, which is renamed at the end: a process killed at any
 moment leaves the former checkpoints whole. No pickle is written or read.
@@ -11,216 +13,200 @@ moment leaves the former checkpoints whole. No pickle is written or read.
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import torch.distributed as dist
 
-from tpformer.collectives import raise_together
-from tpformer.mesh import Mesh
-from tpformer.placement import Placement
+from tpformer.checkpoint import digests
+from tpformer.checkpoint.boxes import boxes
+from tpformer.checkpoint.chunks import Chunk, Part
+from tpformer.checkpoint.digests import Checksums, Digest
+from tpformer.checkpoint.files import put_in_place, sync_directory, write_file
+from tpformer.checkpoint.layout import MAX_FILE_BYTES, File, index_of
+from tpformer.checkpoint.reading import INDEX, Source, Stored, stored_tensors, summary
+from tpformer.checkpoint.storage import SafetensorsWriter, write_chunks
+from tpformer.collectives import together
+from tpformer.mesh import Axis
+
+META = "meta.json"
+OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the `last` ones (0: all), and for good those of steps that `every` divides (0: none)."""
+
+    last: int = 0
+    every: int = 0
 
 
 def save_checkpoint(
     directory: Path,
     step: int,
-    tensors: dict[str, Tensor],
-    known: dict[str, Placement],
-    meta: dict[str, Any],
-    mesh: Mesh,
+    found: list[Chunk],
+    documents: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+    *,
+    retention: Retention = Retention(),
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
-    """Write this step's checkpoint below `directory` and return its path; collective.
+    """Write this step's checkpoint below `directory`, let go of old ones, and return its path; collective.
 
-    tensors: this rank's parts by name; the part after the first "/" names the parameter whose placement it has.
+    documents: JSON files by name; meta.json gets the step. group: all ranks, on a CPU backend; None: one process.
     Raises OSError (disk full, no permission), on every rank, and leaves no half-written checkpoint behind.
     """
     final = directory / f"step_{step:08d}"
     partial = directory / f".step_{step:08d}.partial"
-    chief = mesh.world.rank == 0
-    shard = mesh.dp_shard
-    parts = mesh.pp.size * shard.size * mesh.tp.size
-    number = (mesh.pp.rank * shard.size + shard.rank) * mesh.tp.size + mesh.tp.rank
+    meta = {"step": step, **documents.get(META, {})}
+    others = {name: document for name, document in documents.items() if name != META}
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def publish(files: list[File], found: list[Digest]) -> None:
+        texts = texts_of(files, others)
+        texts[digests.NAME] = Checksums.of(files, texts, found).text()
+        sums = {"checksums": zlib.crc32(texts[digests.NAME])}
+        texts[META] = text_of(meta | sums | {"crc32": _crc32(meta | sums)})
+        finish(partial, final, texts)
+        prune_checkpoints(directory, retention)
 
-    def write() -> None:
-        _write_parts(partial / _part_name(number, parts), tensors, known)
-
-    def publish() -> None:
-        (partial / "meta.json").write_text(json.dumps({"step": step, "parts": parts, **meta}, indent=1) + "\n")
-        _sync(partial / "meta.json")
-        _sync(partial)
-        if final.exists():  # a step that is saved again: the old one goes only when the new one is in place
-            shutil.rmtree(old := directory / f".step_{step:08d}.replaced", ignore_errors=True)
-            os.rename(final, old)
-            os.rename(partial, final)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, final)
-        _sync(directory)
-
-    try:
-        _together(prepare if chief else None, mesh)
-        _together(write if mesh.dp_replicate.rank == 0 else None, mesh)  # replicas hold the same
-        _together(publish if chief else None, mesh)
-    except Exception:
-        if chief:  # the disk may be full of it
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    write_directory(partial, found, publish, group, max_file_bytes)
     return final
 
 
-def load_checkpoint(path: Path, tensors: dict[str, Tensor], known: dict[str, Placement], mesh: Mesh) -> dict[str, Any]:
+def write_directory(
+    partial: Path,
+    found: list[Chunk],
+    publish: Callable[[list[File], list[Digest]], None],
+    group: dist.ProcessGroup | None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write every rank's chunks to files in `partial`, which is gone if any rank fails; collective, as write_chunks."""
+    chief = group is None or group.rank() == 0
+    if chief:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_chunks(found, SafetensorsWriter(partial, publish, max_file_bytes), group)
+    except BaseException:
+        if chief:  # the disk may be full of it
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def texts_of(files: list[File], documents: dict[str, Any]) -> dict[str, bytes]:
+    """The JSON files beside these files: the documents, and an index where there is more than one file in a folder."""
+    texts = {name: text_of(document) for name, document in documents.items()}
+    for folder in {file.name.rpartition("/")[0] for file in files}:
+        if index := index_of(files, folder):
+            texts[f"{folder}/{INDEX}".lstrip("/")] = text_of(index)
+    return dict(sorted(texts.items()))
+
+
+def text_of(document: dict[str, Any]) -> bytes:
+    """A JSON file."""
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def finish(partial: Path, final: Path, texts: dict[str, bytes]) -> None:
+    """Write the small files, the last of them last, and give the directory its name."""
+    for name, text in texts.items():
+        write_file(partial / name, text)
+    for folder in [p for p in partial.iterdir() if p.is_dir()]:
+        sync_directory(folder)
+    sync_directory(partial)
+    put_in_place(partial, final)
+
+
+def load_checkpoint(
+    path: Path, parts: list[Part], world: Axis, check: Callable[[dict[str, Any]], None] = lambda meta: None
+) -> dict[str, Any]:
     """Fill this rank's parts from a checkpoint written at any layout, in place, and return its meta; collective.
 
-    Each rank reads only its slices. Raises ValueError, on every rank and naming the file or tensor, for a
-    missing or damaged file, and for a tensor that is missing or has another shape.
+    check: raises ValueError for a meta that is not wanted. Then all bytes are verified, each rank reading a share; and
+    then each rank reads its boxes. Raises ValueError, on every rank and naming the file and tensor, for what is
+    missing, damaged or truncated, and for another shape.
     """
-    meta: dict[str, Any] = {}
-
-    def read() -> None:
-        meta.update(read_meta(path))
-        names = [_part_name(number, meta["parts"]) for number in range(meta["parts"])]
-        where: dict[str, list[_Slice]] = {}
-        for stored in (s for name in names for s in _slices_of(path / name)):
-            where.setdefault(stored.tensor, []).append(stored)
-        for name, local in tensors.items():
-            _read_parts(name, local, known[name.split("/", 1)[-1]], where.get(name, []), path)
-
-    _together(read, mesh)
+    together(lambda: check(read_meta(path)), world)
+    meta = together(lambda: verify(path, world.rank, world.size), world)
+    together(lambda: _fill(path, parts), world)
     return meta
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises ValueError if there is none, or if it lacks the step or the layout."""
+def verify(
+    path: Path, rank: int = 0, ranks: int = 1, progress: Callable[[int], object] | None = None
+) -> dict[str, Any]:
+    """Verify a rank's share of a checkpoint's numbers, and all else of it; its meta. Raises ValueError as above."""
+    meta = read_meta(path)
+    sums = read_checksums(path, meta)
+    sums.check_files(path)
+    sums.check_chunks(path, rank, ranks, progress)
+    return meta
+
+
+def read_checksums(path: Path, meta: dict[str, Any]) -> Checksums:
+    """What a checkpoint says of its files. Raises ValueError if that is missing or damaged."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        return {**meta, "step": int(meta["step"]), "parts": int(meta["parts"])}
+        text = (path / digests.NAME).read_bytes()
+        if zlib.crc32(text) != meta["checksums"]:
+            raise ValueError(f"it is not that of {META}")
+        return Checksums.read(text)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a checkpoint: its meta.json is missing or damaged ({error})") from error
+        raise ValueError(f"{path / digests.NAME} is missing or damaged: {error}") from error
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta.json of a checkpoint. Raises ValueError if it is missing or damaged."""
+    try:
+        meta = json.loads((path / META).read_bytes())
+        crc32 = meta.pop("crc32")
+        if crc32 != _crc32(meta):
+            raise ValueError("its checksum differs")
+        return meta
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a checkpoint: its meta.json is missing or damaged ({error!r})") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The complete checkpoint of the highest step below `directory`, if there is one."""
     # a writer killed while it saved a step again may have left that step's former checkpoint aside
-    found = [p.parent for pattern in ("step_*", ".step_*.replaced") for p in directory.glob(f"{pattern}/meta.json")]
+    found = [p.parent for pattern in ("step_*", ".step_*.replaced") for p in directory.glob(f"{pattern}/{META}")]
     return max(found, key=lambda p: (p.name.strip(".").removesuffix(".replaced"), p.name[0] != "."), default=None)
 
 
-def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Remove all but the `keep` latest checkpoints (0 keeps all), and what killed writers left."""
-    complete = sorted(p.parent for p in directory.glob("step_*/meta.json"))
-    for path in [*directory.glob(".step_*"), *(complete[:-keep] if keep else [])]:
+def prune_checkpoints(directory: Path, retention: Retention) -> None:
+    """Remove the checkpoints that are not to stay, and what killed writers left."""
+    complete = sorted(p.parent for p in directory.glob(f"step_*/{META}"))
+    old = complete[: -retention.last] if retention.last else []
+    for path in [*directory.glob(".step_*"), *(p for p in old if not _for_good(p, retention.every))]:
         if not path.name.startswith("."):  # hidden first: what is half removed is no checkpoint
             os.rename(path, path := path.with_name(f".{path.name}.removed"))
         shutil.rmtree(path, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """One stored box: [start, start + size) along each dim of the whole `tensor` of `shape`."""
-
-    file: Any
-    tensor: str
-    key: str
-    shape: list[int]
-    start: list[int]
-    size: list[int]
+def _for_good(path: Path, every: int) -> bool:
+    return every > 0 and int(path.name.removeprefix("step_")) % every == 0
 
 
-def _part_name(number: int, parts: int) -> str:
-    return f"part_{number:05d}_of_{parts:05d}.safetensors"
+def _crc32(meta: dict[str, Any]) -> int:
+    """Of what meta.json says, however it is written."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Where a slice of a whole tensor of this shape begins, and how long it is, along each dim."""
-    ranges = [each.indices(length) for each, length in zip(index, shape, strict=False)]
-    ranges += [(0, length, 1) for length in shape[len(ranges) :]]
-    return [first for first, _, _ in ranges], [last - first for first, last, _ in ranges]
-
-
-def _write_parts(path: Path, tensors: dict[str, Tensor], known: dict[str, Placement]) -> None:
-    """Write the slices that this rank owns; the header's "slices" says which."""
-    stored: dict[str, Tensor] = {}
-    entries = []
-    for name, local in tensors.items():
-        placement = known[name.split("/", 1)[-1]]
-        for number, (piece, whole, ours) in enumerate(placement.slices() if placement.counts else ()):
-            if piece.copy:
-                continue
-            key = f"{name}#{number}"
-            # a copy even on the CPU: safetensors refuses views that share memory
-            stored[key] = local[ours].detach().to("cpu", copy=True).contiguous()
-            start, size = _box(whole, placement.shape)
-            place = {"shape": list(placement.shape), "start": start, "size": size}
-            entries.append({"tensor": name, "key": key, **place})
-    try:
-        save_file(stored, path, metadata={"slices": json.dumps(entries)})
-    except SafetensorError as error:  # which is no OSError, whatever the system said
-        raise OSError(f"{path} cannot be written: {error}") from error
-    _sync(path)
-
-
-def _read_parts(name: str, local: Tensor, placement: Placement, slices: list[_Slice], path: Path) -> None:
-    """Fill the local part of one tensor from whichever stored slices overlap it."""
-    if not slices or tuple(slices[0].shape) != placement.shape:
-        found = f"has shape {tuple(slices[0].shape)}" if slices else "is missing"
-        raise ValueError(
-            f"{name} {found} in {path}, but the model needs {placement.shape}: another model's checkpoint?"
-        )
-    with torch.no_grad():
-        local.zero_()
-        for _, whole, ours in placement.slices():
-            view, filled = local[ours], 0
-            begin, length = _box(whole, placement.shape)
-            for s in slices:
-                first = [max(a, b) for a, b in zip(begin, s.start, strict=True)]
-                last = [min(a + n, b + m) for a, n, b, m in zip(begin, length, s.start, s.size, strict=True)]
-                if any(i >= j for i, j in zip(first, last, strict=True)):
-                    continue
-                source = tuple(slice(i - b, j - b) for i, j, b in zip(first, last, s.start, strict=True))
-                target = tuple(slice(i - a, j - a) for i, j, a in zip(first, last, begin, strict=True))
-                part = s.file.get_slice(s.key)[source if source else ...]
-                view[target] = part.to(view)
-                filled += part.numel()
-            if filled != view.numel():
-                raise ValueError(f"{name}: {path} holds {filled} of the {view.numel()} elements from {begin} on")
-
-
-def _slices_of(path: Path) -> list[_Slice]:
-    """The slices that one file says it holds. Raises ValueError naming the file if it is missing or damaged."""
-    try:
-        file = safe_open(path, framework="pt")
-        slices = [_Slice(file, **entry) for entry in json.loads(file.metadata()["slices"])]
-        if lost := {s.key for s in slices} - set(file.keys()):
-            raise ValueError(f"it lacks {', '.join(sorted(lost))}")
-        return slices
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
-
-
-def _together(action: Callable[[], None] | None, mesh: Mesh) -> None:
-    """Do it where there is something to do, wait for all, and fail everywhere if it failed anywhere."""
-    error: Exception | None = None
-    try:
-        if action is not None:
-            action()
-    except Exception as caught:
-        error = caught
-    raise_together(error, mesh.world)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file or directory to the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _fill(path: Path, parts: list[Part]) -> None:
+    stored: dict[str, Stored] = {}
+    for folder in {part.folder for part in parts}:
+        stored |= stored_tensors(path / folder)
+    wrong = []
+    for part in parts:
+        for tensor, shape in part.kept.shapes(part.placement.shape).items():
+            if tensor not in stored:
+                wrong.append(f"{tensor} is missing")
+            elif stored[tensor].shape != shape:
+                wrong.append(f"{tensor} has shape {stored[tensor].shape}, but the model needs {shape}")
+    if wrong:
+        raise ValueError(f"{path} is another model's checkpoint: {summary(wrong)}")
+    with Source(stored) as source:
+        for part in parts:
+            source.fill(part.local, boxes(part.kept, part.placement))

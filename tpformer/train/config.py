@@ -50,6 +50,10 @@ class RunConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay; 0 keeps all."""
+    keep_every: int = 0
+    """The checkpoints of every so many steps stay for good; 0: of none."""
+    async_checkpoint: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_tokens: int = 200
@@ -74,7 +78,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         counts = ("micro_batch_size", "seed", "eval_interval", "eval_samples", "checkpoint_interval")
-        for name in (*counts, "keep_checkpoints", "sample_tokens", "z_loss"):
+        for name in (*counts, "keep_checkpoints", "keep_every", "sample_tokens", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
         for name, number, which in (("memory_snapshot", 2, "second"), ("timeline", 3, "third")):

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from tpformer.checkpoint.background import Checkpoints, Saved
+from tpformer.checkpoint.store import Retention, latest_checkpoint, load_checkpoint
 from tpformer.collectives import all_reduce_
 from tpformer.data import TokenSampler, unigram_entropy
 from tpformer.mesh import Mesh, divide
@@ -24,6 +26,7 @@ from tpformer.train.corpus import Corpus
 from tpformer.train.first_steps import FirstSteps
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
 from tpformer.train.optimizer import learning_rate
+from tpformer.train.state import check_meta, documents, meta_of, parts_of
 from tpformer.train.step import StepOptions, StepReport
 
 
@@ -56,12 +59,26 @@ class Trainer:
         built = build(config, mesh, corpus.vocab_size)
         self.model, self.runner, self.optimizer = built.model, built.runner, built.optimizer
         self.steps = FirstSteps(built, config, mesh, directory)
+        self.checkpoints = Checkpoints(
+            directory / "checkpoints",
+            mesh,
+            Retention(run.keep_checkpoints, run.keep_every),
+            background=run.async_checkpoint,
+        )
         self.step = self._resume() if run.resume else 0
         self.chief = mesh.world.rank == 0
         self.metrics = MetricsFile(directory / "metrics.jsonl", self.step) if self.chief else None
 
     def run(self) -> TrainReport:
         """Train to the configured number of steps and report."""
+        try:
+            self._train()
+        finally:  # also after an error: what is being written becomes a checkpoint
+            self._log_saved(self.checkpoints.wait())
+        return self._finish()
+
+    def _train(self) -> None:
+        """All steps that are left."""
         run = self.config.run
         with tqdm(total=run.steps, initial=self.step, unit="step", disable=not self.chief, dynamic_ncols=True) as bar:
             started, first = time.perf_counter(), self.step
@@ -75,7 +92,6 @@ class Trainer:
                     self._log(validation_loss=self.evaluate())
                 if _due(self.step, run.checkpoint_interval) or self.step == run.steps:
                     self.save()
-        return self._finish()
 
     def evaluate(self) -> float:
         """Mean loss over the first eval_samples held-out samples, in nats per token; collective."""
@@ -89,15 +105,10 @@ class Trainer:
         return all_reduce_(total, self.mesh.dp).item() / count
 
     def save(self) -> None:
-        """Write a checkpoint of this step and let go of old ones; collective."""
-        meta: dict[str, Any] = {"samples": self.step * self.config.run.batch_size, "seq_len": self.config.data.seq_len}
-        meta["updates"] = self.optimizer.steps
-        if self.optimizer.scaler is not None:
-            meta["loss_scaler"] = self.optimizer.scaler.state()
-        checkpoints = self.directory / "checkpoints"
-        save_checkpoint(checkpoints, self.step, self.optimizer.state(), self.optimizer.placements, meta, self.mesh)
-        if self.chief:
-            prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
+        """Write a checkpoint of this step, maybe while the run goes on, and let go of old ones; collective."""
+        parts = parts_of(self.optimizer.state(), self.optimizer.placements, self.model.config)
+        meta = meta_of(self.config, self.model.config, self.mesh, self.step, self.optimizer)
+        self._log_saved(self.checkpoints.save(self.step, parts, documents(self.model.config, meta)))
 
     def _train_step(self) -> StepReport:
         run = self.config.run
@@ -130,13 +141,10 @@ class Trainer:
         if path is None:
             return 0  # ended before its first checkpoint: begin again
         tensors = {name: torch.empty_like(part) for name, part in self.optimizer.state().items()}
-        meta = load_checkpoint(path, tensors, self.optimizer.placements, self.mesh)
-        if meta["samples"] != meta["step"] * self.config.run.batch_size or meta["seq_len"] != self.config.data.seq_len:
-            raise ValueError(
-                f"{path} was made with batch_size {meta['samples'] // meta['step']} and seq_len {meta['seq_len']}, "
-                f"not {self.config.run.batch_size} and {self.config.data.seq_len}: the order of the data would change"
-            )
-        self.optimizer.load_state(tensors, meta.get("updates", meta["step"]))
+        parts = parts_of(tensors, self.optimizer.placements, self.model.config)
+        check = partial(check_meta, path, config=self.config, model=self.model.config)
+        meta = load_checkpoint(path, parts, self.mesh.world, check)
+        self.optimizer.load_state(tensors, meta["updates"])
         if self.optimizer.scaler is not None and "loss_scaler" in meta:
             self.optimizer.scaler.load_state(meta["loss_scaler"])
         return meta["step"]
@@ -163,6 +171,11 @@ class Trainer:
     def _log(self, **record: Any) -> None:
         if self.metrics:
             self.metrics.write({"step": self.step, **record})
+
+    def _log_saved(self, done: list[Saved]) -> None:
+        for saved in done:
+            numbers = {"checkpoint_stall_seconds": saved.stall_seconds, "checkpoint_seconds": saved.seconds}
+            self._log(**{"step": saved.step} | {name: round(seconds, 6) for name, seconds in numbers.items()})
 
     def _finish(self) -> TrainReport:
         uniform, unigram = math.log(self.corpus.vocab_size), unigram_entropy(self.corpus.validation)

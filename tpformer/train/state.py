@@ -1,0 +1,83 @@
+"""What of a run is in its checkpoints, and what of it must be the same for the run to go on."""
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from tpformer.checkpoint.chunks import Part
+from tpformer.checkpoint.huggingface import config_json, family_of
+from tpformer.checkpoint.store import META, OPTIMIZER
+from tpformer.mesh import Mesh
+from tpformer.placement import Placement
+from tpformer.train.config import TrainConfig
+from tpformer.train.optimizer import Optimizer
+
+MAY_CHANGE = ("dropout", "attention_dropout", "init_std", "max_seq_len", "backend")
+"""Of a model's config, what leaves the weights' meaning as it is; a table of positions has its length in its shape."""
+
+
+def parts_of(state: dict[str, Tensor], known: dict[str, Placement], config: Any) -> list[Part]:
+    """The optimizer's state, by kind/name, with where it is kept: weights as a Hugging Face directory has them."""
+    names = {kept.name: kept for kept in family_of(config).names(config)}
+    parts = []
+    for key, local in state.items():
+        kind, name = key.split("/", 1)
+        if kind == "weight":
+            parts.append(Part(names[name], known[name], local))
+        else:
+            parts.append(Part(names[name].prefixed(f"{kind}."), known[name], local, OPTIMIZER))
+    return parts
+
+
+def documents(config: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    """The JSON files of a checkpoint; without config.json where no Hugging Face family has such a model."""
+    try:
+        about = config_json(config, torch.float32)
+    except ValueError:
+        return {META: meta}
+    return {"config.json": about, "generation_config.json": {"_from_model_config": True}, META: meta}
+
+
+def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimizer: Optimizer) -> dict[str, Any]:
+    """Everything but tensors that a run needs to go on, and who wrote it."""
+    found: dict[str, Any] = {
+        "samples": step * config.run.batch_size,
+        "seed": config.run.seed,
+        "seq_len": config.data.seq_len,
+        "updates": optimizer.steps,
+        "model": _plain(model),
+        "layout": {axis.name: axis.size for axis in (mesh.pp, mesh.dp, mesh.dp_shard, mesh.tp)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+    if optimizer.scaler is not None:
+        found["loss_scaler"] = optimizer.scaler.state()
+    return found
+
+
+def check_meta(path: Path, meta: dict[str, Any], config: TrainConfig[Any], model: Any) -> None:
+    """Raises ValueError naming what differs, where the run of a checkpoint cannot go on with this configuration."""
+    ours, theirs = _plain(model), meta["model"]
+    differing = [name for name in ours | theirs if name not in MAY_CHANGE and ours.get(name) != theirs.get(name)]
+    if differing:
+        values = ", ".join(f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}" for name in differing)
+        raise ValueError(f"{path} was made with another model: {values}")
+    batch_size, seq_len = meta["samples"] // max(meta["step"], 1), meta["seq_len"]
+    if (batch_size, seq_len) != (config.run.batch_size, config.data.seq_len):
+        raise ValueError(
+            f"{path} was made with batch_size {batch_size} and seq_len {seq_len}, "
+            f"not {config.run.batch_size} and {config.data.seq_len}: the order of the data would change"
+        )
+
+
+def _plain(model: Any) -> dict[str, Any]:
+    """A model's config as JSON has it."""
+    return {"kind": type(model).__name__} | dataclasses.asdict(model)
