@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from tpformer.checkpoint import command as checkpoint
 from tpformer.doctor import report
 
 
@@ -12,6 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tpformer", description="Tensor-parallel Transformers.")
     commands = parser.add_subparsers(required=True, metavar="command")
     report.add_command(commands)
+    checkpoint.add_command(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

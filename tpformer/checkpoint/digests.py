@@ -54,7 +54,7 @@ class Checksums:
 
     def text(self) -> bytes:
         """As JSON, a line for each file, tensor and chunk."""
-        lists = {
+        lists: dict[str, list[list[object]]] = {
             "files": [[name, *values] for name, values in self.files.items()],
             "tensors": [[key, name] for key, name in self.tensors.items()],
             "chunks": [[d.key, d.start, d.size, d.crc32] for d in self.digests],
@@ -104,7 +104,7 @@ class Checksums:
                 with safe_open(path / name, framework="pt") as file:
                     for digest in mine:
                         numbers = _read(file, digest)
-                        if crc32_of(numbers) != digest.crc32:
+                        if zlib.crc32(bytes_of(numbers.contiguous())) != digest.crc32:
                             where = ", ".join(f"{a}:{a + n}" for a, n in zip(digest.start, digest.size, strict=True))
                             raise ValueError(f"the checksum of {digest.key}[{where}] differs")
                         if progress is not None:
@@ -123,9 +123,9 @@ class Checksums:
         return f", {min(lost)[1]} is not whole" if lost else ""
 
 
-def crc32_of(numbers: Tensor) -> int:
-    """Of a tensor's numbers in their order."""
-    return zlib.crc32(memoryview(numbers.contiguous().reshape(-1).view(torch.uint8).numpy()))
+def bytes_of(numbers: Tensor) -> memoryview:
+    """The bytes of a tensor in host memory, contiguous; a view."""
+    return memoryview(numbers.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def share(digests: Iterable[Digest], rank: int, ranks: int) -> list[Digest]:

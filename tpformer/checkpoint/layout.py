@@ -38,6 +38,11 @@ class File:
     bytes: int
 
 
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """To sort names by: layer 2 before layer 10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
 def arrange(wholes: dict[str, Whole], max_bytes: int = MAX_FILE_BYTES) -> list[File]:
     """Whole tensors in files of at most max_bytes of them, in the order of their names with numbers as numbers.
 
@@ -45,7 +50,7 @@ def arrange(wholes: dict[str, Whole], max_bytes: int = MAX_FILE_BYTES) -> list[F
     Raises ValueError for a dtype that such files do not have.
     """
     folders: dict[str, list[str]] = {}
-    for key in sorted(wholes, key=_natural):
+    for key in sorted(wholes, key=natural):
         if wholes[key].dtype not in DTYPES:
             raise ValueError(f"{key} is {wholes[key].dtype}; a checkpoint has {', '.join(map(str, DTYPES))}")
         folders.setdefault(key.rpartition("/")[0], []).append(key)
@@ -68,11 +73,6 @@ def index_of(files: list[File], folder: str) -> dict[str, object] | None:
     }
     total = sum(file.bytes - len(file.header) for file in inside)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _natural(key: str) -> list[tuple[int, int | str]]:
-    """Layer 2 before layer 10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", key)]
 
 
 def _groups(keys: list[str], wholes: dict[str, Whole], max_bytes: int) -> list[list[str]]:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from tpformer.checkpoint.chunks import Chunk
-from tpformer.checkpoint.digests import Digest
+from tpformer.checkpoint.digests import Digest, bytes_of
 from tpformer.checkpoint.files import naming
 from tpformer.checkpoint.layout import MAX_FILE_BYTES, File, Whole, arrange
 
@@ -94,7 +94,8 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator: lay out the files, make them, and tell each rank where its tensors begin."""
-        wholes, filled = {}, {}
+        wholes: dict[str, Whole] = {}
+        filled: dict[str, int] = {}
         for item in (item for plan in plans for item in plan.items):
             data, key = _data(item), item.index.fqn
             wholes[key] = Whole(tuple(data.size), data.properties.dtype)
@@ -166,7 +167,7 @@ def _write(path: Path, items: list[WriteItem], plan: SavePlan, planner: SavePlan
         for item in items:
             numbers = planner.resolve_data(item)
             assert isinstance(numbers, Tensor)
-            content = memoryview(numbers.reshape(-1).view(torch.uint8).numpy())
+            content = bytes_of(numbers)
             data, (_, begin) = _data(item), plan.storage_data[item.index.fqn]
             shape, size = tuple(data.size), tuple(data.chunk.sizes)
             length = math.prod(size[_inner(shape, size) :]) * numbers.itemsize

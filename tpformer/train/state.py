@@ -51,7 +51,7 @@ def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimiz
         "seq_len": config.data.seq_len,
         "updates": optimizer.steps,
         "model": _plain(model),
-        "layout": {axis.name: axis.size for axis in (mesh.pp, mesh.dp, mesh.dp_shard, mesh.tp)},
+        "layout": {name: getattr(mesh, name).size for name in ("pp", "dp", "dp_shard", "tp")},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -1,0 +1,60 @@
+"""Weights as a directory of whole safetensors, written from any mesh: what `save_pretrained` stands on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tpformer.checkpoint.chunks import Part, chunks
+from tpformer.checkpoint.digests import Digest
+from tpformer.checkpoint.layout import MAX_FILE_BYTES, File
+from tpformer.checkpoint.store import finish, texts_of, write_directory
+from tpformer.collectives import together
+from tpformer.mesh import Axis
+
+
+def write_parts(
+    parts: list[Part],
+    directory: Path,
+    documents: dict[str, Any],
+    world: Axis,
+    *,
+    overwrite: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write every rank's parts as one directory, which appears at the end; collective over the world.
+
+    documents: JSON files by name. A rank holds one box of one tensor in host memory at a time. overwrite: a directory
+    with a config.json is replaced, with all that is in it.
+    Raises ValueError, on every rank, for a directory that is in the way, OSError for a disk that is full.
+    """
+    together(lambda: _make_way(directory, overwrite), world)
+    partial = directory.with_name(f".{directory.name}.partial")
+
+    def publish(files: list[File], _: list[Digest]) -> None:
+        finish(partial, directory, texts_of(files, documents))
+
+    with gloo_group(world) as group:
+        write_directory(partial, chunks(parts), publish, group, max_file_bytes)
+
+
+@contextmanager
+def gloo_group(world: Axis) -> Iterator[dist.ProcessGroup | None]:
+    """A group of all ranks on the CPU, for a while; None for a process alone."""
+    group = dist.new_group(backend="gloo") if world.size > 1 else None
+    try:
+        yield group
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
+def _make_way(directory: Path, overwrite: bool) -> None:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{directory} is not empty: give another, or overwrite=True")
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json: a model's directory would be replaced, this one is not")
