@@ -89,7 +89,8 @@ class Box:
 def boxes(kept: Kept, placement: Placement) -> Iterator[Box]:
     """What this rank holds of a parameter, as boxes of their tensors; padding is in none."""
     if not placement.shape:
-        yield Box(kept.tensors[0], (), (), None, (), False, not placement.counts)
+        alone = placement.pieces[0].copy == 0 and placement.counts
+        yield Box(kept.tensors[0], (), (), None, (), False, not alone)
         return
     rows_of = kept.rows(placement.shape[0])
     for piece, whole, local in placement.slices():

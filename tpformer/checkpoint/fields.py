@@ -15,8 +15,9 @@ _HARMLESS = frozenset(
     use_bfloat16 use_cache use_return_dict tf_legacy_loss gradient_checkpointing chunk_size_feed_forward
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
-    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_past remove_invalid_values
     repetition_penalty suppress_tokens temperature top_k top_p typical_p
+    unsloth_fixed unsloth_version
     """.split()  # noqa: SIM905
 )
 _REQUIRED = object()

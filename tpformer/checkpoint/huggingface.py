@@ -124,7 +124,7 @@ def read_config(directory: Path) -> tuple[ModuleType, Config]:
     try:
         table = json.loads(path.read_text())
         kind = table.pop("model_type")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is missing, damaged or without a model_type: {error!r}") from error
     if kind not in FAMILIES:
         raise ValueError(f"{path}: model_type {kind!r} is not supported, only {', '.join(FAMILIES)}")

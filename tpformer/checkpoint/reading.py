@@ -1,6 +1,7 @@
 """Reading safetensors by boxes: a rank's slices of whole tensors, from one file or many, and nothing else of them."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -89,8 +90,10 @@ class Source:
 
     def fill(self, local: Tensor, places: Iterable[Box]) -> None:
         """Write all these boxes into this rank's part of a parameter, in its dtype; padding becomes zero."""
+        places = list(places)
         with torch.no_grad():
-            local.zero_()
+            if sum(math.prod(box.size) for box in places) < local.numel():  # otherwise it would be written twice
+                local.zero_()
             for box in places:
                 box.put(local, self.read(box))
 

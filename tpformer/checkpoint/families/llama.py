@@ -36,6 +36,9 @@ def read_decoder(fields: Fields) -> dict[str, Any]:
     """What every family of this shape says in the same fields."""
     length = fields.take("max_position_embeddings", 2048)
     theta, scaling = read_rope(fields, length)
+    for switch in ("rope_interleaved", "use_mrope"):
+        fields.expect(switch, False)
+    fields.ignore("is_llama_config")
     return {
         "vocab_size": fields.take("vocab_size"),
         "hidden_size": fields.take("hidden_size"),
