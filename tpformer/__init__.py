@@ -2,6 +2,7 @@
 
 # Hugging Face directories
 from tpformer.checkpoint.huggingface import load_pretrained as load_pretrained
+from tpformer.checkpoint.save import save_pretrained as save_pretrained
 
 # building blocks
 from tpformer.layers.attention import AttentionConfig as AttentionConfig

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from tpformer.checkpoint.convert import to_checkpoint, to_huggingface
 from tpformer.checkpoint.inspect import Found, size, table, total
-from tpformer.checkpoint.store import verify
+from tpformer.checkpoint.store import META, verify
 
 
 def add_command(commands: Any) -> None:
@@ -22,6 +24,16 @@ def add_command(commands: Any) -> None:
     inspect.add_argument("--tensors", action="store_true", help="list every tensor with its shape")
     inspect.add_argument("--no-verify", dest="verify", action="store_false", help="read the headers only")
     inspect.set_defaults(run=run_inspect)
+    summary = (
+        "write a checkpoint's weights as a Hugging Face directory, or such a directory as a run's first checkpoint"
+    )
+    convert = actions.add_parser("convert", help=summary, description=summary)
+    convert.add_argument("source", type=Path, help="a checkpoint (with meta.json), or a Hugging Face directory")
+    convert.add_argument("target", type=Path, help="a Hugging Face directory, or where step_00000000 is to be")
+    convert.add_argument("--to", choices=["huggingface", "checkpoint"], help="by default what the source is not")
+    convert.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of a Hugging Face directory")
+    convert.add_argument("--overwrite", action="store_true", help="replace a directory that has a config.json")
+    convert.set_defaults(run=run_convert)
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -39,6 +51,26 @@ def run_inspect(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"tpformer checkpoint: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Convert and say what was written; 1 if the source is damaged or the target in the way, otherwise 0."""
+    to = options.to or ("huggingface" if (options.source / META).exists() else "checkpoint")
+    try:
+        with tqdm(unit="B", unit_scale=True, desc="reading", leave=False, dynamic_ncols=True) as bar:
+            if to == "checkpoint":
+                if options.dtype or options.overwrite:
+                    raise ValueError("--dtype and --overwrite are for a Hugging Face directory: checkpoints are fp32")
+                made = to_checkpoint(options.source, options.target, progress=bar.update)
+            else:
+                dtype = getattr(torch, options.dtype) if options.dtype else None
+                made = options.target
+                to_huggingface(options.source, made, dtype, overwrite=options.overwrite, progress=bar.update)
+    except (ValueError, OSError) as error:
+        print(f"tpformer checkpoint: {error}", file=sys.stderr)
+        return 1
+    print(f"{made}, a {'checkpoint' if to == 'checkpoint' else 'Hugging Face directory'}")
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tpformer.checkpoint.chunks import Part, chunks
+from tpformer.checkpoint.chunks import Chunk
 from tpformer.checkpoint.digests import Digest
 from tpformer.checkpoint.layout import MAX_FILE_BYTES, File
 from tpformer.checkpoint.store import finish, texts_of, write_directory
@@ -15,8 +15,8 @@ from tpformer.collectives import together
 from tpformer.mesh import Axis
 
 
-def write_parts(
-    parts: list[Part],
+def write_weights(
+    found: list[Chunk],
     directory: Path,
     documents: dict[str, Any],
     world: Axis,
@@ -24,9 +24,9 @@ def write_parts(
     overwrite: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write every rank's parts as one directory, which appears at the end; collective over the world.
+    """Write every rank's chunks as one directory, which appears at the end; collective over the world.
 
-    documents: JSON files by name. A rank holds one box of one tensor in host memory at a time. overwrite: a directory
+    documents: small files by name. A rank holds one chunk in host memory at a time. overwrite: a directory
     with a config.json is replaced, with all that is in it.
     Raises ValueError, on every rank, for a directory that is in the way, OSError for a disk that is full.
     """
@@ -37,7 +37,7 @@ def write_parts(
         finish(partial, directory, texts_of(files, documents))
 
     with gloo_group(world) as group:
-        write_directory(partial, chunks(parts), publish, group, max_file_bytes)
+        write_directory(partial, found, publish, group, max_file_bytes)
 
 
 @contextmanager

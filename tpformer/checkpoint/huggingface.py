@@ -20,7 +20,7 @@ from tpformer.models.gpt import GPT, GPTConfig
 from tpformer.models.llama import Llama, LlamaConfig
 from tpformer.parallel.split import part_of, stage_parts
 from tpformer.parallel_config import ParallelConfig
-from tpformer.placement import Placement, local_part, placements
+from tpformer.placement import Piece, Placement, local_part, placements
 
 FAMILIES = {family.MODEL_TYPE: family for family in (gpt2, llama, mistral, qwen2, qwen3)}
 Config = GPTConfig | LlamaConfig
@@ -69,14 +69,21 @@ class Pretrained:
         with Source(self.stored) as source:
             for name, local in tensors.items():
                 source.fill(local, boxes(self.names[name], known[name]))
-            if "lm_head.weight" in self.stored and "embedding.weight" in tensors and self.config.tie_embeddings:
-                local = tensors["embedding.weight"]
-                for box in boxes(Kept("embedding.weight", ("lm_head.weight",)), known["embedding.weight"]):
-                    if not torch.equal(box.take(local), source.read(box).to(local)):
-                        raise ValueError(
-                            f"{self.directory}: lm_head.weight differs from the embedding, but config.json ties them: "
-                            'set "tie_word_embeddings": false there'
-                        )
+            if "embedding.weight" in tensors:
+                self.check_tied(source, known["embedding.weight"])
+
+    def check_tied(self, source: Source, placement: Placement | None = None) -> None:
+        """Raises ValueError if a tied head has other weights than the embedding, as far as a rank holds that."""
+        if "lm_head.weight" not in self.stored or not self.config.tie_embeddings:
+            return
+        name = self.names["embedding.weight"].tensors[0]
+        whole = Placement(self.stored[name].shape, 0, (Piece(0, self.stored[name].shape[0]),))
+        for box in boxes(self.names["embedding.weight"], placement or whole):
+            if not torch.equal(source.read(box), source.read(replace(box, tensor="lm_head.weight"))):
+                raise ValueError(
+                    f"{self.directory}: lm_head.weight differs from the embedding, but config.json ties them: "
+                    'set "tie_word_embeddings": false there'
+                )
 
 
 def load_pretrained(

@@ -10,8 +10,10 @@ A checkpoint is written to a directory of another name, which is renamed at the 
 moment leaves the former checkpoints whole. No pickle is written or read.
 """
 
+import dataclasses
 import json
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import torch
 import torch.distributed as dist
 
 from tpformer.checkpoint import digests
@@ -104,9 +108,9 @@ def texts_of(files: list[File], documents: dict[str, Any]) -> dict[str, bytes]:
     return dict(sorted(texts.items()))
 
 
-def text_of(document: dict[str, Any]) -> bytes:
-    """A JSON file."""
-    return (json.dumps(document, indent=2) + "\n").encode()
+def text_of(document: dict[str, Any] | bytes) -> bytes:
+    """A JSON file; bytes are one already."""
+    return document if isinstance(document, bytes) else (json.dumps(document, indent=2) + "\n").encode()
 
 
 def finish(partial: Path, final: Path, texts: dict[str, bytes]) -> None:
@@ -130,7 +134,7 @@ def load_checkpoint(
     """
     together(lambda: check(read_meta(path)), world)
     meta = together(lambda: verify(path, world.rank, world.size), world)
-    together(lambda: _fill(path, parts), world)
+    together(lambda: _fill(path, parts, meta), world)
     return meta
 
 
@@ -168,6 +172,16 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint: its meta.json is missing or damaged ({error!r})") from error
 
 
+def plain(config: Any) -> dict[str, Any]:
+    """A model's config as meta.json has it."""
+    return {"kind": type(config).__name__} | dataclasses.asdict(config)
+
+
+def versions() -> dict[str, str]:
+    """Of what writes a checkpoint."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__}
+
+
 def latest_checkpoint(directory: Path) -> Path | None:
     """The complete checkpoint of the highest step below `directory`, if there is one."""
     # a writer killed while it saved a step again may have left that step's former checkpoint aside
@@ -194,8 +208,12 @@ def _crc32(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def _fill(path: Path, parts: list[Part]) -> None:
+def _fill(path: Path, parts: list[Part], meta: dict[str, Any]) -> None:
     stored: dict[str, Stored] = {}
+    if not meta.get("updates") and not (path / OPTIMIZER).exists():  # weights from elsewhere: no moments yet
+        for part in (part for part in parts if part.folder == OPTIMIZER):
+            part.local.zero_()
+        parts = [part for part in parts if part.folder != OPTIMIZER]
     for folder in {part.folder for part in parts}:
         stored |= stored_tensors(path / folder)
     wrong = []

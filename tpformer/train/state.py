@@ -1,17 +1,14 @@
 """What of a run is in its checkpoints, and what of it must be the same for the run to go on."""
 
-import dataclasses
-import platform
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from tpformer.checkpoint.chunks import Part
 from tpformer.checkpoint.huggingface import config_json, family_of
-from tpformer.checkpoint.store import META, OPTIMIZER
+from tpformer.checkpoint.store import META, OPTIMIZER, plain, versions
 from tpformer.mesh import Mesh
 from tpformer.placement import Placement
 from tpformer.train.config import TrainConfig
@@ -50,13 +47,9 @@ def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimiz
         "seed": config.run.seed,
         "seq_len": config.data.seq_len,
         "updates": optimizer.steps,
-        "model": _plain(model),
+        "model": plain(model),
         "layout": {name: getattr(mesh, name).size for name in ("pp", "dp", "dp_shard", "tp")},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": versions(),
     }
     if optimizer.scaler is not None:
         found["loss_scaler"] = optimizer.scaler.state()
@@ -65,19 +58,14 @@ def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimiz
 
 def check_meta(path: Path, meta: dict[str, Any], config: TrainConfig[Any], model: Any) -> None:
     """Raises ValueError naming what differs, where the run of a checkpoint cannot go on with this configuration."""
-    ours, theirs = _plain(model), meta["model"]
+    ours, theirs = plain(model), meta["model"]
     differing = [name for name in ours | theirs if name not in MAY_CHANGE and ours.get(name) != theirs.get(name)]
     if differing:
         values = ", ".join(f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}" for name in differing)
         raise ValueError(f"{path} was made with another model: {values}")
     batch_size, seq_len = meta["samples"] // max(meta["step"], 1), meta["seq_len"]
-    if (batch_size, seq_len) != (config.run.batch_size, config.data.seq_len):
+    if meta["step"] and (batch_size, seq_len) != (config.run.batch_size, config.data.seq_len):
         raise ValueError(
             f"{path} was made with batch_size {batch_size} and seq_len {seq_len}, "
             f"not {config.run.batch_size} and {config.data.seq_len}: the order of the data would change"
         )
-
-
-def _plain(model: Any) -> dict[str, Any]:
-    """A model's config as JSON has it."""
-    return {"kind": type(model).__name__} | dataclasses.asdict(model)
