@@ -150,7 +150,7 @@ def loss(directory: Path, llama: Path) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode((llama / "text" / "0.py").read_text()).ids
     tokens = torch.tensor([ids[:60]])
-    return float(model(tokens, labels=tokens).loss)
+    return model(tokens, labels=tokens).loss.item()
 
 
 def test_finetuning_says_what_is_wrong(llama: Path, tmp_path: Path) -> None:
