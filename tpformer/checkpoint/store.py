@@ -67,8 +67,7 @@ def save_checkpoint(
     def publish(files: list[File], found: list[Digest]) -> None:
         texts = texts_of(files, others)
         texts[digests.NAME] = Checksums.of(files, texts, found).text()
-        sums = {"checksums": zlib.crc32(texts[digests.NAME])}
-        texts[META] = text_of(meta | sums | {"crc32": _crc32(meta | sums)})
+        texts[META] = signed(meta, texts[digests.NAME])
         finish(partial, final, texts)
         prune_checkpoints(directory, retention)
 
@@ -107,6 +106,12 @@ def texts_of(files: list[File], documents: dict[str, Any]) -> dict[str, bytes]:
 def text_of(document: dict[str, Any]) -> bytes:
     """A JSON file."""
     return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def signed(meta: dict[str, Any], checksums: bytes) -> bytes:
+    """The meta.json beside this checksums.json: both are under a checksum."""
+    meta = meta | {"checksums": zlib.crc32(checksums)}
+    return text_of(meta | {"crc32": _crc32(meta)})
 
 
 def finish(partial: Path, final: Path, texts: dict[str, bytes]) -> None:
