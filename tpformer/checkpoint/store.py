@@ -135,7 +135,8 @@ def load_checkpoint(
     """
     together(lambda: check(read_meta(path)), world)
     meta = together(lambda: verify(path, world.rank, world.size), world)
-    together(lambda: _fill(path, parts), world)
+    stored = together(lambda: _fitting(path, parts), world)
+    together(lambda: _fill(stored, parts), world)
     return meta
 
 
@@ -199,7 +200,8 @@ def _crc32(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def _fill(path: Path, parts: list[Part]) -> None:
+def _fitting(path: Path, parts: list[Part]) -> dict[str, Stored]:
+    """The headers' tensors by name. Raises ValueError naming those that the parts need, but have not or otherwise."""
     stored: dict[str, Stored] = {}
     for folder in {part.folder for part in parts}:
         stored |= stored_tensors(path / folder)
@@ -212,6 +214,10 @@ def _fill(path: Path, parts: list[Part]) -> None:
                 wrong.append(f"{tensor} has shape {stored[tensor].shape}, but the model needs {shape}")
     if wrong:
         raise ValueError(f"{path} is another model's checkpoint: {summary(wrong)}")
+    return stored
+
+
+def _fill(stored: dict[str, Stored], parts: list[Part]) -> None:
     with Source(stored) as source:
         for part in parts:
             source.fill(part.local, boxes(part.kept, part.placement))
