@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> int:
         return 2
     if chief and corpus.tokenizer is not None:
         ids = continue_with_transformers(options.output, corpus.tokenizer.prompt(options.prompt))
-        print(f"{options.output}, opened by transformers:\n{corpus.tokenizer.decode(ids)}")
+        known = [token for token in ids if token < corpus.tokenizer.vocab_size]  # the model's may be padded
+        print(f"{options.output}, opened by transformers:\n{corpus.tokenizer.decode(known)}")
     mesh.close()
     return 0
 

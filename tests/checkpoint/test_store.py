@@ -1,10 +1,11 @@
-"""A checkpoint written at any layout is read at any other, bit for bit; each number is stored once, without pickle."""
+"""A checkpoint has the same bytes from every layout, is read at any other, bit for bit, and holds no pickle."""
 
 import json
 import os
 import pickle
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,77 +13,129 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.checkpoint.cases import KINDS, MODELS, bits, blank, known_of, load, parts, save, tiny, whole
+from tests.checkpoint.cases import (
+    KINDS,
+    MODELS,
+    bits,
+    blank,
+    known_of,
+    load,
+    load_tiny,
+    parts,
+    save,
+    save_tiny,
+    tiny,
+    whole,
+)
 from tests.distributed import Ranks
 from tests.proofs.cases import Layout
 from tpformer import Mesh
 from tpformer.checkpoint import store
-from tpformer.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, read_meta, save_checkpoint
+from tpformer.checkpoint.chunks import chunks
+from tpformer.checkpoint.store import Retention, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from tpformer.mesh import Axis
 
 LAYOUTS = [Layout(1), Layout(2), Layout(4), Layout(2, 2), Layout(2, 1, True)]
+STEP = "step_00000007"
 
 
 @pytest.fixture(scope="module")
 def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """For each model the checkpoints of step 7, one from each layout; every rank is told the same path."""
+    """For each model the checkpoints of step 7, one from each layout, every other one from the background."""
     found: dict[str, list[Path]] = {}
     for model in MODELS:
-        for layout in LAYOUTS:
+        for number, layout in enumerate(LAYOUTS):
             directory = tmp_path_factory.mktemp(f"{model}-{layout}")
-            paths = ranks(save, layout.world_size, layout, directory, 7, model)
-            assert set(paths) == {str(directory / "step_00000007")}
-            found.setdefault(model, []).append(Path(paths[0]))
+            ranks(save, layout.world_size, layout, directory, 7, model, number % 2 == 1)
+            found.setdefault(model, []).append(directory / STEP)
     return found
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_writes_the_same_bytes(model: str, saved: dict[str, list[Path]]) -> None:
+    """All but the two files that say who wrote it, and in which chunks."""
+    files = [contents(path) for path in saved[model]]
+    alone = {"checksums.json", "meta.json"}
+    assert files[0].keys() == alone | {"config.json", "model.safetensors", "optimizer/model.safetensors"}
+    for other in files[1:]:
+        assert {n: t for n, t in other.items() if n not in alone} == {
+            n: t for n, t in files[0].items() if n not in alone
+        }
+    assert len({len(json.loads(f["checksums.json"])["chunks"]) for f in files}) > 1, "not one chunk for a tensor each"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_layout_reads_what_any_layout_wrote(
-    model: str, layout: Layout, saved: dict[str, list[Path]], ranks: Ranks
-) -> None:
+def test_every_layout_reads_it(model: str, layout: Layout, saved: dict[str, list[Path]], ranks: Ranks) -> None:
     """Weights and moments bit for bit, the padding zero, and what the trainer wanted to know again."""
-    for wrong in ranks(load, layout.world_size, layout, saved[model], 7, model):
-        assert wrong == [[]] * len(LAYOUTS)
+    for wrong in ranks(load, layout.world_size, layout, [saved[model][0], saved[model][2]], 7, model):
+        assert wrong == [[], []]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_number_is_stored_once(model: str, saved: dict[str, list[Path]]) -> None:
-    """Copies, padding and replicas are not: whatever the layout, the slices tile each whole tensor."""
+def test_the_files_hold_whole_tensors_and_nothing_else(model: str, saved: dict[str, list[Path]]) -> None:
+    """Those that are kept as they are, number by number; of the others the shapes; no padding, no gap, no copy."""
     known = known_of(model, Mesh())
-    expected = sum(len(KINDS) * whole("", p.shape, 0).numel() for p in known.values())
-    for path, layout in zip(saved[model], LAYOUTS, strict=True):
-        files = sorted(path.glob("*.safetensors"))
-        assert [file.name for file in files] == [
-            f"part_{i:05d}_of_{layout.tp:05d}.safetensors" for i in range(layout.tp)
-        ]
-        times = {f"{kind}/{name}": torch.zeros(p.shape) for name, p in known.items() for kind in KINDS}
-        numbers = 0
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                numbers += sum(opened.get_tensor(key).numel() for key in opened.keys())  # noqa: SIM118
-                for entry in json.loads(opened.metadata()["slices"]):
-                    box = tuple(slice(i, i + n) for i, n in zip(entry["start"], entry["size"], strict=True))
-                    place = times[entry["tensor"]][box]
-                    place += 1
-                    assert opened.get_tensor(entry["key"]).shape == place.shape
-        assert numbers == expected
-        assert all((count == 1).all() for count in times.values())
+    total = 4 * sum(whole("", p.shape, 0).numel() for p in known.values())
+    for folder, kinds in (("", KINDS[:1]), ("optimizer", KINDS[1:])):
+        path = saved[model][2] / folder / "model.safetensors"
+        with safe_open(path, framework="pt") as file:
+            for kind in kinds:
+                prefix = "" if kind == "weight" else f"{kind}."
+                for name in ("scalar", "few.rows"):
+                    expected = whole(f"{kind}/{name}", known[name].shape, 7)
+                    assert bits(file.get_tensor(prefix + name)) == bits(expected)
+                theirs = {"llama-kv1-tied": "model.embed_tokens.weight", "gpt-untied": "transformer.wte.weight"}[model]
+                expected = whole(f"{kind}/embedding.weight", known["embedding.weight"].shape, 7)
+                assert bits(file.get_tensor(prefix + theirs)) == bits(expected)
+        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+        assert path.stat().st_size == 8 + length + len(kinds) * total
+
+
+def test_large_ones_are_several_files_with_an_index(tmp_path: Path) -> None:
+    """In the order of the layers; one that is larger than a file alone; the same numbers read again."""
+    found = parts("gpt-untied", Mesh(), 1)
+    path = save_checkpoint(tmp_path, 1, chunks(found), {}, max_file_bytes=8000)
+    for folder in (path, path / "optimizer"):
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        files = sorted(p.name for p in folder.glob("*.safetensors"))
+        assert len(files) > 5
+        assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        assert sorted(set(index["weight_map"].values())) == files
+        sizes = {}
+        for name in files:
+            with safe_open(folder / name, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            assert all(index["weight_map"][key] == name for key in tensors)
+            sizes[name] = sum(x.nbytes for x in tensors.values())
+            assert sizes[name] <= 8000 or len(tensors) == 1
+        assert index["metadata"]["total_size"] == sum(sizes.values())
+    expected = blank(found)
+    load_checkpoint(path, expected, Axis("world"))
+    assert [bits(x.local) == bits(y.local) for x, y in zip(found, expected, strict=True)] == [True] * len(found)
+    first = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert first["transformer.h.0.ln_1.weight"] <= first["transformer.h.1.ln_1.weight"]
 
 
 def test_there_is_no_pickle_in_it(saved: dict[str, list[Path]]) -> None:
     """Two kinds of file, each in its own plain format: JSON, and a length, a JSON header and numbers to the end."""
     for path in (path for paths in saved.values() for path in paths):
-        for file in path.iterdir():
-            content = file.read_bytes()
-            if file.name == "meta.json":
+        for name, content in contents(path).items():
+            if name.endswith(".json"):
                 json.loads(content)
             else:
                 (length,) = struct.unpack("<Q", content[:8])
                 header = json.loads(content[8 : 8 + length])
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                assert file.suffix == ".safetensors"
+                ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+                assert name.endswith(".safetensors")
+                assert length % 8 == 0
                 assert 8 + length + max(ends) == len(content)
-            assert not zipfile.is_zipfile(file)
+            assert not zipfile.is_zipfile(path / name)
             with pytest.raises(Exception):  # noqa: B017
                 pickle.loads(content)
 
@@ -93,26 +146,49 @@ def test_saving_and_loading_do_not_pickle(tmp_path: Path, monkeypatch: pytest.Mo
 
     for module, name in ((torch, "save"), (torch, "load"), (pickle, "dumps"), (pickle, "loads"), (pickle, "Pickler")):
         monkeypatch.setattr(module, name, refuse)
-    known = known_of("gpt-untied", Mesh())
-    path = save_checkpoint(tmp_path, 1, parts(known, 1), known, {}, Mesh())
-    load_checkpoint(path, blank(parts(known, 1)), known, Mesh())
+    found = parts("gpt-untied", Mesh(), 1)
+    path = save_checkpoint(tmp_path, 1, chunks(found), {})
+    load_checkpoint(path, blank(found), Axis("world"))
 
 
-def test_other_dtypes_are_stored_as_they_are_and_read_into_what_is_there(tmp_path: Path) -> None:
-    known = {"w": known_of("gpt-untied", Mesh())["embedding.weight"]}
-    x = whole("w", known["w"].shape, 0)
-    for number, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16)):
-        path = save_checkpoint(tmp_path, number, {"weight/w": x.to(dtype)}, known, {}, Mesh())
-        for into in (torch.float64, torch.float32, torch.bfloat16):
-            tensor = torch.full(x.shape, torch.nan, dtype=into)
-            load_checkpoint(path, {"weight/w": tensor}, known, Mesh())
-            assert bits(tensor.double()) == bits(x.to(dtype).to(into).double())
+def test_other_dtypes_are_stored_as_they_are_or_as_asked_and_read_into_what_is_there(tmp_path: Path) -> None:
+    embedding = next(part for part in parts("gpt-untied", Mesh(), 0) if part.kept.name == "embedding.weight")
+    x = embedding.local
+    for number, dtype in enumerate((torch.float64, torch.float32, torch.float16, torch.bfloat16)):
+        asked = replace(embedding, dtype=dtype)
+        its_own = replace(embedding, local=x.to(dtype))
+        for step, part in ((2 * number, asked), (2 * number + 1, its_own)):
+            path = save_checkpoint(tmp_path, step, chunks([part]), {})
+            for into in (torch.float64, torch.float32, torch.bfloat16):
+                found = replace(part, local=torch.full(x.shape, torch.nan, dtype=into))
+                load_checkpoint(path, [found], Axis("world"))
+                assert bits(found.local.double()) == bits(x.to(dtype).to(into).double())
+    with pytest.raises(ValueError, match=r"transformer.wte.weight is torch.int32; a checkpoint has torch.float64"):
+        save_checkpoint(tmp_path, 99, chunks([replace(embedding, dtype=torch.int32)]), {})
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_mixed_dtypes_in_a_file_are_aligned(tmp_path: Path) -> None:
+    """As the format asks: a bf16 tensor of odd length before an fp64 one would not be."""
+    odd, wide = (
+        replace(tiny(1), kept=replace(tiny(1).kept, tensors=(name,)), dtype=dtype)
+        for name, dtype in (("a", torch.bfloat16), ("b", torch.float64))
+    )
+    odd = replace(
+        odd, placement=replace(odd.placement, shape=(63,), pieces=(replace(odd.placement.pieces[0], size=63),))
+    )
+    path = save_checkpoint(tmp_path, 1, chunks([odd, wide]), {})
+    content = (path / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    assert header["b"]["data_offsets"] == [0, 512]
+    assert header["a"]["data_offsets"] == [512, 512 + 126]
 
 
 def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the machine may go down as well as the process: each file, their directory, the rename, its directory."""
+    """So that the machine may go down as well as the process: each file, the directories, the rename, its directory."""
     calls: list[str] = []
     for name in ("fsync", "rename"):
         real = getattr(os, name)
@@ -123,11 +199,16 @@ def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
             real(*arguments)
 
         monkeypatch.setattr(os, name, spy)
-    write(tmp_path, 3)
+    moments = replace(tiny(3), kept=tiny(3).kept.prefixed("exp_avg."), folder="optimizer")
+    save_checkpoint(tmp_path, 3, chunks([tiny(3), moments]), {"config.json": {}})
     partial = ".step_00000003.partial"
     assert calls == [
-        f"fsync {partial}/part_00000_of_00001.safetensors",
+        f"fsync {partial}/model.safetensors",
+        f"fsync {partial}/optimizer/model.safetensors",
+        f"fsync {partial}/config.json",
+        f"fsync {partial}/checksums.json",
         f"fsync {partial}/meta.json",
+        f"fsync {partial}/optimizer",
         f"fsync {partial}",
         f"rename {partial}",
         "fsync .",
@@ -140,8 +221,12 @@ def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
 def write(directory: Path, *steps: int) -> None:
     """Tiny checkpoints of these steps."""
     for step in steps:
-        tensors, known = tiny(step)
-        save_checkpoint(directory, step, tensors, known, {}, Mesh())
+        save_tiny(directory, step)
+
+
+def steps_in(directory: Path) -> list[int]:
+    """All that is there, which must be checkpoints."""
+    return sorted(int(p.name.removeprefix("step_")) for p in directory.iterdir())
 
 
 def test_the_latest_is_the_complete_one_of_the_highest_step(tmp_path: Path) -> None:
@@ -151,22 +236,37 @@ def test_the_latest_is_the_complete_one_of_the_highest_step(tmp_path: Path) -> N
     (tmp_path / ".step_00002000.partial" / "meta.json").write_text("{}")
     (tmp_path / "step_00003000").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00001000"
-    assert read_meta(tmp_path / "step_00001000") == {"step": 1000, "parts": 1}
+    assert load_tiny(tmp_path / "step_00001000") == (1000, 1000.0)
 
 
 def test_pruning_keeps_the_latest_and_removes_leftovers(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 10)
     for left in (".step_00000009.partial", ".step_00000003.replaced", ".step_00000001.removed"):
         (tmp_path / left).mkdir()
-        (tmp_path / left / "part_00000_of_00001.safetensors").write_bytes(b"x")
+        (tmp_path / left / "model.safetensors").write_bytes(b"x")
     (tmp_path / "notes").mkdir()
-    prune_checkpoints(tmp_path, 0)
+    prune_checkpoints(tmp_path, Retention())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", *(f"step_{i:08d}" for i in (1, 2, 3, 10))]
-    prune_checkpoints(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
-    prune_checkpoints(tmp_path, 2)
-    prune_checkpoints(tmp_path, 5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
+    for last in (2, 2, 5):
+        prune_checkpoints(tmp_path, Retention(last))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000003", "step_00000010"]
+
+
+@pytest.mark.parametrize(
+    ("retention", "left"),
+    [
+        (Retention(2, 3), [3, 6, 7, 8]),
+        (Retention(3, 4), [4, 6, 7, 8]),
+        (Retention(1, 10), [8]),
+        (Retention(0, 3), [1, 2, 3, 4, 5, 6, 7, 8]),
+        (Retention(2), [7, 8]),
+    ],
+    ids=str,
+)
+def test_the_last_and_every_so_many_stay(retention: Retention, left: list[int], tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save_tiny(tmp_path, step, retention=retention)
+    assert steps_in(tmp_path) == left
 
 
 def test_pruning_goes_on_where_a_killed_one_stopped(tmp_path: Path) -> None:
@@ -174,8 +274,8 @@ def test_pruning_goes_on_where_a_killed_one_stopped(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
     (tmp_path / ".step_00000001.removed").mkdir()
     (tmp_path / ".step_00000001.removed" / "meta.json").write_text("{}")
-    prune_checkpoints(tmp_path, 1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
+    prune_checkpoints(tmp_path, Retention(1))
+    assert steps_in(tmp_path) == [2]
 
 
 def test_what_is_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,20 +288,14 @@ def test_what_is_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(store.shutil, "rmtree", killed)
-        prune_checkpoints(tmp_path, 1)
-    found = {"weight/w": torch.empty(64)}
-    for path in tmp_path.glob("step_*"):
-        load_checkpoint(path, found, tiny(0)[1], Mesh())
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
-    prune_checkpoints(tmp_path, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+        prune_checkpoints(tmp_path, Retention(1))
+    assert [load_tiny(path)[0] for path in sorted(tmp_path.glob("step_*"))] == [2, 3]
+    prune_checkpoints(tmp_path, Retention(1))
+    assert steps_in(tmp_path) == [3]
 
 
 def test_a_step_saved_again_is_the_new_one(tmp_path: Path) -> None:
-    write(tmp_path, 4)
-    _, known = tiny(4)
-    save_checkpoint(tmp_path, 4, {"weight/w": torch.full((64,), 40.0)}, known, {"again": True}, Mesh())
-    found = {"weight/w": torch.empty(64)}
-    assert load_checkpoint(tmp_path / "step_00000004", found, known, Mesh())["again"]
-    assert found["weight/w"].unique().tolist() == [40.0]
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004"]
+    save_tiny(tmp_path, 4)
+    save_tiny(tmp_path, 4, 40.0)
+    assert load_tiny(tmp_path / "step_00000004") == (4, 40.0)
+    assert steps_in(tmp_path) == [4]

@@ -71,8 +71,7 @@ def save_checkpoint(
     def publish(files: list[File], found: list[Digest]) -> None:
         texts = texts_of(files, others)
         texts[digests.NAME] = Checksums.of(files, texts, found).text()
-        sums = {"checksums": zlib.crc32(texts[digests.NAME])}
-        texts[META] = text_of(meta | sums | {"crc32": _crc32(meta | sums)})
+        texts[META] = signed(meta, texts[digests.NAME])
         finish(partial, final, texts)
         prune_checkpoints(directory, retention)
 
@@ -113,6 +112,12 @@ def text_of(document: dict[str, Any] | bytes) -> bytes:
     return document if isinstance(document, bytes) else (json.dumps(document, indent=2) + "\n").encode()
 
 
+def signed(meta: dict[str, Any], checksums: bytes) -> bytes:
+    """The meta.json beside this checksums.json: both are under a checksum."""
+    meta = meta | {"checksums": zlib.crc32(checksums)}
+    return text_of(meta | {"crc32": _crc32(meta)})
+
+
 def finish(partial: Path, final: Path, texts: dict[str, bytes]) -> None:
     """Write the small files, the last of them last, and give the directory its name."""
     for name, text in texts.items():
@@ -134,7 +139,10 @@ def load_checkpoint(
     """
     together(lambda: check(read_meta(path)), world)
     meta = together(lambda: verify(path, world.rank, world.size), world)
-    together(lambda: _fill(path, parts, meta), world)
+    if not meta.get("updates") and not (path / OPTIMIZER).exists():  # weights from elsewhere: no moments yet
+        parts = _with_zero_moments(parts)
+    stored = together(lambda: _fitting(path, parts), world)
+    together(lambda: _fill(stored, parts), world)
     return meta
 
 
@@ -208,12 +216,17 @@ def _crc32(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def _fill(path: Path, parts: list[Part], meta: dict[str, Any]) -> None:
-    stored: dict[str, Stored] = {}
-    if not meta.get("updates") and not (path / OPTIMIZER).exists():  # weights from elsewhere: no moments yet
-        for part in (part for part in parts if part.folder == OPTIMIZER):
+def _with_zero_moments(parts: list[Part]) -> list[Part]:
+    """The weights, which are left to read."""
+    for part in parts:
+        if part.folder == OPTIMIZER:
             part.local.zero_()
-        parts = [part for part in parts if part.folder != OPTIMIZER]
+    return [part for part in parts if part.folder != OPTIMIZER]
+
+
+def _fitting(path: Path, parts: list[Part]) -> dict[str, Stored]:
+    """The headers' tensors by name. Raises ValueError naming those that the parts need, but have not or otherwise."""
+    stored: dict[str, Stored] = {}
     for folder in {part.folder for part in parts}:
         stored |= stored_tensors(path / folder)
     wrong = []
@@ -225,6 +238,10 @@ def _fill(path: Path, parts: list[Part], meta: dict[str, Any]) -> None:
                 wrong.append(f"{tensor} has shape {stored[tensor].shape}, but the model needs {shape}")
     if wrong:
         raise ValueError(f"{path} is another model's checkpoint: {summary(wrong)}")
+    return stored
+
+
+def _fill(stored: dict[str, Stored], parts: list[Part]) -> None:
     with Source(stored) as source:
         for part in parts:
             source.fill(part.local, boxes(part.kept, part.placement))

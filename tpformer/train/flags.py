@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tomli_w
 import tyro
 
+from tpformer.checkpoint.huggingface import read_config
 from tpformer.models.gpt import GPTConfig
 from tpformer.models.llama import LlamaConfig
 from tpformer.train.config import SMALL_GPT, SMALL_LLAMA, TrainConfig
@@ -24,7 +25,15 @@ def parse_config(arguments: list[str], *, quiet: bool = False) -> TrainConfig[An
     what is wrong in a file or between values.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config", "family", "name", "runs-dir", "runs_dir"):  # these decide what the others' defaults are
+    for name in (
+        "config",
+        "family",
+        "name",
+        "runs-dir",
+        "runs_dir",
+        "init-from",
+        "init_from",
+    ):  # these decide what the others' defaults are
         early.add_argument(f"--{name}", default="")
     early.add_argument("--resume", action=argparse.BooleanOptionalAction)
     try:
@@ -35,17 +44,28 @@ def parse_config(arguments: list[str], *, quiet: bool = False) -> TrainConfig[An
     file = read_table(Path(chosen.config)) if chosen.config else {}
     run = from_table(TrainConfig(SMALL_LLAMA), {key: file[key] for key in ("run",) if key in file}).run
     table: dict[str, Any] = {}
-    if run.resume if chosen.resume is None else chosen.resume:
+    resuming = run.resume if chosen.resume is None else chosen.resume
+    if resuming:
         table = read_table(find_run(Path(chosen.runs_dir or run.runs_dir), chosen.name or run.name) / "config.toml")
     _merge(table, file)
-    family = chosen.family or table.get("family", "llama")
-    if family not in ("llama", "gpt"):
-        raise ValueError(f"family ({family!r}) must be llama or gpt")
-    kind: Any = TrainConfig[LlamaConfig] if family == "llama" else TrainConfig[GPTConfig]
-    small: Any = kind(model=SMALL_LLAMA if family == "llama" else SMALL_GPT, family=family)
-    default = from_table(small, table)
+    first = "" if resuming else chosen.init_from or run.init_from
+    default = from_table(_default(chosen.family or table.get("family", ""), first), table)
+    kind: Any = TrainConfig[LlamaConfig] if default.family == "llama" else TrainConfig[GPTConfig]
     with contextlib.redirect_stderr(io.StringIO() if quiet else sys.stderr):  # tyro's console_outputs is not enough
         return tyro.cli(kind, default=default, args=arguments, prog="pretrain.py", console_outputs=not quiet)
+
+
+def _default(family: str, init_from: str) -> TrainConfig[Any]:
+    """What the settings are if nothing is said: a small model, or the model of a Hugging Face directory."""
+    if family not in ("", "llama", "gpt"):
+        raise ValueError(f"family ({family!r}) must be llama or gpt")
+    if not init_from:
+        return TrainConfig(SMALL_GPT, "gpt") if family == "gpt" else TrainConfig(SMALL_LLAMA, "llama")
+    model: Any = read_config(Path(init_from))[1]
+    found: Any = "gpt" if isinstance(model, GPTConfig) else "llama"
+    if family not in ("", found):
+        raise ValueError(f"family ({family}) must be {found}, the family of {init_from}")
+    return TrainConfig(model, found)
 
 
 def find_run(runs_dir: Path, name: str) -> Path:

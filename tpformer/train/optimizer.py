@@ -1,6 +1,7 @@
 """AdamW on fp32 master weights, clipping by the true global norm, and the learning-rate schedules."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -232,6 +233,15 @@ class Optimizer:
             master.copy_(tensors[f"weight/{name}"])
             for kind, moment in zip(("exp_avg", "exp_avg_sq"), self._moments_of(name), strict=True):
                 moment.copy_(tensors[f"{kind}/{name}"])
+            self._publish(name, None, master)
+
+    @torch.no_grad()
+    def load_weights(self, fill: Callable[[dict[str, Tensor], dict[str, Placement]], None]) -> None:
+        """Have the weights filled, in place, by somebody who knows them; before the first step."""
+        if self._host is not None:
+            self._host.wait()
+        fill(self.masters, self.placements)
+        for name, master in self.masters.items():
             self._publish(name, None, master)
 
     def _moments_of(self, name: str) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tpformer.checkpoint.chunks import Part
-from tpformer.checkpoint.huggingface import config_json, family_of
+from tpformer.checkpoint.huggingface import Pretrained, config_json, family_of
 from tpformer.checkpoint.store import META, OPTIMIZER, plain, versions
+from tpformer.collectives import together
 from tpformer.mesh import Mesh
 from tpformer.placement import Placement
 from tpformer.train.config import TrainConfig
@@ -58,14 +59,34 @@ def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimiz
 
 def check_meta(path: Path, meta: dict[str, Any], config: TrainConfig[Any], model: Any) -> None:
     """Raises ValueError naming what differs, where the run of a checkpoint cannot go on with this configuration."""
-    ours, theirs = plain(model), meta["model"]
-    differing = [name for name in ours | theirs if name not in MAY_CHANGE and ours.get(name) != theirs.get(name)]
-    if differing:
-        values = ", ".join(f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}" for name in differing)
-        raise ValueError(f"{path} was made with another model: {values}")
+    check_model(path, meta["model"], model)
     batch_size, seq_len = meta["samples"] // max(meta["step"], 1), meta["seq_len"]
     if meta["step"] and (batch_size, seq_len) != (config.run.batch_size, config.data.seq_len):
         raise ValueError(
             f"{path} was made with batch_size {batch_size} and seq_len {seq_len}, "
             f"not {config.run.batch_size} and {config.data.seq_len}: the order of the data would change"
         )
+
+
+def check_model(path: Path, theirs: dict[str, Any], model: Any) -> None:
+    """Raises ValueError naming what differs between the model of a directory and the one to be trained."""
+    ours = plain(model)
+    differing = [name for name in ours | theirs if name not in MAY_CHANGE and ours.get(name) != theirs.get(name)]
+    if differing:
+        values = ", ".join(f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}" for name in differing)
+        raise ValueError(f"{path} was made with another model: {values}")
+
+
+def begin_with(directory: Path, optimizer: Optimizer, model: Any, mesh: Mesh) -> None:
+    """Take over the weights of a Hugging Face directory, or of a run's checkpoint; collective.
+
+    Raises ValueError, on every rank, for one that is damaged or of another model.
+    """
+
+    def matching() -> Pretrained:
+        opened = Pretrained.open(directory)
+        check_model(directory, plain(opened.config), model)
+        return opened
+
+    opened = together(matching, mesh.world)
+    together(lambda: optimizer.load_weights(opened.fill), mesh.world)

@@ -26,7 +26,7 @@ from tpformer.train.corpus import Corpus
 from tpformer.train.first_steps import FirstSteps
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
 from tpformer.train.optimizer import learning_rate
-from tpformer.train.state import check_meta, documents, meta_of, parts_of
+from tpformer.train.state import begin_with, check_meta, documents, meta_of, parts_of
 from tpformer.train.step import StepOptions, StepReport
 
 
@@ -65,7 +65,7 @@ class Trainer:
             Retention(run.keep_checkpoints, run.keep_every),
             background=run.async_checkpoint,
         )
-        self.step = self._resume() if run.resume else 0
+        self.step = self._resume() if run.resume else self._begin()
         self.chief = mesh.world.rank == 0
         self.metrics = MetricsFile(directory / "metrics.jsonl", self.step) if self.chief else None
 
@@ -135,11 +135,17 @@ class Trainer:
             samples = torch.cat([self.held_out.samples(number, 1) for number in numbers or (0,)])
             yield samples.to(self.mesh.device), bool(numbers)
 
+    def _begin(self) -> int:
+        """Step 0, with the initial weights or those of init_from."""
+        if self.config.run.init_from:
+            begin_with(Path(self.config.run.init_from), self.optimizer, self.model.config, self.mesh)
+        return 0
+
     def _resume(self) -> int:
         """Load the latest checkpoint and return the number of steps it has."""
         path = latest_checkpoint(self.directory / "checkpoints")
         if path is None:
-            return 0  # ended before its first checkpoint: begin again
+            return self._begin()  # ended before its first checkpoint
         tensors = {name: torch.empty_like(part) for name, part in self.optimizer.state().items()}
         parts = parts_of(tensors, self.optimizer.placements, self.model.config)
         check = partial(check_meta, path, config=self.config, model=self.model.config)
