@@ -25,15 +25,8 @@ def parse_config(arguments: list[str], *, quiet: bool = False) -> TrainConfig[An
     what is wrong in a file or between values.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in (
-        "config",
-        "family",
-        "name",
-        "runs-dir",
-        "runs_dir",
-        "init-from",
-        "init_from",
-    ):  # these decide what the others' defaults are
+    # these decide what the others' defaults are
+    for name in ("config", "family", "name", "runs-dir", "runs_dir", "init-from", "init_from"):
         early.add_argument(f"--{name}", default="")
     early.add_argument("--resume", action=argparse.BooleanOptionalAction)
     try:

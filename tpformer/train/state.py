@@ -84,7 +84,7 @@ def begin_with(directory: Path, optimizer: Optimizer, model: Any, mesh: Mesh) ->
     """
 
     def matching() -> Pretrained:
-        opened = Pretrained.open(directory)
+        opened = Pretrained.open(directory, max_seq_len=model.max_seq_len)  # a table of positions has that many
         check_model(directory, plain(opened.config), model)
         return opened
 

@@ -59,6 +59,9 @@ class Trainer:
         built = build(config, mesh, corpus.vocab_size)
         self.model, self.runner, self.optimizer = built.model, built.runner, built.optimizer
         self.steps = FirstSteps(built, config, mesh, directory)
+        # beside the weights, so that whoever opens them can read; read now, for it may be gone at the end
+        named = corpus.tokenizer is not None and data.tokenizer != "byte"
+        self.tokenizer = {"tokenizer.json": Path(data.tokenizer).read_bytes()} if named else {}
         self.checkpoints = Checkpoints(
             directory / "checkpoints",
             mesh,
@@ -108,7 +111,7 @@ class Trainer:
         """Write a checkpoint of this step, maybe while the run goes on, and let go of old ones; collective."""
         parts = parts_of(self.optimizer.state(), self.optimizer.placements, self.model.config)
         meta = meta_of(self.config, self.model.config, self.mesh, self.step, self.optimizer)
-        self._log_saved(self.checkpoints.save(self.step, parts, documents(self.model.config, meta)))
+        self._log_saved(self.checkpoints.save(self.step, parts, documents(self.model.config, meta) | self.tokenizer))
 
     def _train_step(self) -> StepReport:
         run = self.config.run
