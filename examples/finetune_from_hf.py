@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import tpformer
-from tpformer import Mesh
+from tpformer import Key, Mesh
 from tpformer.collectives import together
 from tpformer.data import TokenSampler, find_tokenizer
 from tpformer.parallel.data import GradientBuckets
@@ -57,7 +57,8 @@ def train(model: Any, corpus: Corpus, options: argparse.Namespace) -> None:
     with tqdm(range(options.steps), unit="step", disable=not chief) as bar:
         for step in bar:
             samples = sampler.samples(step * options.batch_size, options.batch_size)
-            now = StepOptions(options.batch_size, learning_rate(step, options.steps, config))
+            key = Key(0).fold("dropout", step)  # what dropout config.json says; the same masks at any tp
+            now = StepOptions(options.batch_size, learning_rate(step, options.steps, config), key)
             report = train_step(model, gradients, optimizer, samples, now)
             bar.set_postfix(loss=f"{report.loss:.3f}")
 
