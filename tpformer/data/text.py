@@ -129,6 +129,10 @@ class ByteTokenizer:
         """The ids of each text."""
         return [self.encode(text) for text in texts]
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that a model is to continue."""
+        return self.encode(text).tolist()
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, eos dropped, broken UTF-8 as U+FFFD; ValueError for an id outside 0..256."""
         kept = _ids_without_eos(ids, self.eos, self.vocab_size)
@@ -173,6 +177,10 @@ class FileTokenizer:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that a model is to continue, with the mark that the tokenizer begins a text by."""
+        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens dropped; ValueError for an id outside the vocabulary."""
         kept = _ids_without_eos(ids, self.eos, self.vocab_size)
@@ -188,6 +196,12 @@ def _ids_without_eos(ids: Sequence[int], eos: int | None, vocab_size: int) -> li
         if not 0 <= token < vocab_size:
             raise ValueError(f"cannot decode id {token}: this tokenizer has the ids 0..{vocab_size - 1}")
     return [token for token in kept if token != eos]
+
+
+def find_tokenizer(directory: Path) -> str:
+    """What `load_tokenizer` loads for a model's directory: its tokenizer.json, or bytes where there is none."""
+    path = directory / "tokenizer.json"
+    return str(path) if path.exists() else "byte"
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
