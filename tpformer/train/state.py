@@ -5,7 +5,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -52,11 +51,7 @@ def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimiz
         "updates": optimizer.steps,
         "model": _plain(model),
         "layout": {name: getattr(mesh, name).size for name in ("pp", "dp", "dp_shard", "tp")},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     if optimizer.scaler is not None:
         found["loss_scaler"] = optimizer.scaler.state()
