@@ -145,13 +145,17 @@ def sign_again(path: Path) -> None:
     meta = read_meta(path)
     sums = read_checksums(path, meta)
     del meta["checksums"]
-    digests = []
+    files, digests = {}, []
+    for name in sums.files:
+        content = (path / name).read_bytes()
+        first = 8 + int.from_bytes(content[:8], "little") if name.endswith(".safetensors") else len(content)
+        files[name] = (len(content), first, zlib.crc32(content[:first]))
     for digest in sums.digests:
         with safe_open(path / sums.tensors[digest.key], framework="pt") as file:
             box = tuple(slice(a, a + n) for a, n in zip(digest.start, digest.size, strict=True))
             name = digest.key.rpartition("/")[2]
             numbers = (file.get_slice(name)[box] if box else file.get_tensor(name)).contiguous()
         digests.append(replace(digest, crc32=zlib.crc32(bytes_of(numbers))))
-    text = replace(sums, digests=digests).text()
+    text = replace(sums, files=files, digests=digests).text()
     write_file(path / NAME, text)
     write_file(path / META, signed(meta, text))

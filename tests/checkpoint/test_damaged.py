@@ -66,7 +66,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file is empty": (lambda p: truncate(p / WEIGHTS, 0), f"{WEIGHTS} is truncated: 0 of"),
     "a file is half copied": (
         lambda p: half_copied(p / MOMENTS),
-        rf"{MOMENTS} .* checksum of optimizer/exp_avg\S+ .*differs",
+        rf"{MOMENTS} .* checksum of optimizer/exp_avg",
     ),
     "a file has more": (
         lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes() + b"x"),

@@ -121,8 +121,8 @@ WRONG: dict[str, tuple[str, str]] = {
         "--resume --name taken --batch-size 8",
         r"step_00000001 was made with batch_size 4 and seq_len 16",
     ),
-    "another model": ("--resume --name taken --num-layers 2", r"weight/blocks\.1\..* is missing in .*another model"),
-    "a damaged checkpoint": ("--resume --name damaged", r"part_00001_of_00002\.safetensors is missing or damaged"),
+    "another model": ("--resume --name taken --num-layers 2", r"was made with another model: num_layers 1, not 2"),
+    "a damaged checkpoint": ("--resume --name damaged", r"model\.safetensors is truncated: 1000 of "),
     "no file in it": ("--name blocked", r"Is a directory: 'runs/blocked/\.config\.toml\.partial'"),
     "no directory": ("--runs-dir short.txt", r"Not a directory: 'short\.txt/new'|File exists: 'short\.txt'"),
 }
@@ -156,7 +156,7 @@ def place(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [code for code, *_ in ranks(pretrain, 2, flags, directory)] == [0, 0]
     shutil.copytree(directory / "runs" / "taken", directory / "runs" / "damaged")
     (directory / "runs" / "blocked" / ".config.toml.partial").mkdir(parents=True)
-    cut(directory / "runs" / "damaged" / "checkpoints" / "step_00000001" / "part_00001_of_00002.safetensors", 1000)
+    cut(directory / "runs" / "damaged" / "checkpoints" / "step_00000001" / "model.safetensors", 1000)
     return directory
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_ends_every_rank_and_the_run_goes_on_when_there_is_space(pla
     (first, _, err), (second, _, silence) = ranks(on_a_full_disk, 2, flags, place)
     assert (first, second, silence.count("error")) == (1, 1, 0)
     (message,) = messages(err)
-    assert re.search(r"part_00001_of_00002\.safetensors cannot be written: .*File too large", message)
+    assert re.search(r"File too large: '.*\.step_\d+\.partial/model\.safetensors'", message)
     assert list((place / "runs" / "full" / "checkpoints").iterdir()) == []
     assert [code for code, *_ in ranks(pretrain, 2, ["--resume", "--name", "full"], place)] == [0, 0]
     shutil.rmtree(place / "runs" / "full")

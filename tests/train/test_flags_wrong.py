@@ -88,6 +88,7 @@ def test_a_wrong_flag_is_one_box_or_nothing_if_quiet(flags: list[str], capsys: p
         "eval_samples",
         "checkpoint_interval",
         "keep_checkpoints",
+        "keep_every",
         "sample_tokens",
     ],
 )

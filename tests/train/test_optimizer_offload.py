@@ -148,6 +148,7 @@ def test_the_trainer_s_flag_and_its_checkpoints(tmp_path: Path) -> None:
         while trainer.step < trainer.config.run.steps:
             trainer._log(**trainer._numbers(trainer._train_step()))
         trainer.save()
+        trainer.checkpoints.wait()
 
     run("resident", False, steps=4)
     run("offloaded", True, steps=2)

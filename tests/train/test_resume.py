@@ -1,12 +1,16 @@
 """A run that stopped and goes on is the run that never stopped: its losses bit for bit, its samples and its records."""
 
+import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.cases import sign_again
 from tests.distributed import Ranks
 from tests.proofs.cases import Layout
 from tests.train.runs import Record, complaint, config, records, resumed, run
@@ -68,11 +72,10 @@ def test_without_the_moments_the_losses_would_differ(expected: list[Record], tmp
     """The control: a checkpoint whose exp_avg is zero goes on to other losses."""
     directory = tmp_path / "stopped"
     ranks(run, 2, config(), TP2, directory, 3)
-    for file in (directory / "checkpoints" / "step_00000003").glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata()
-        zeroed = {n: t * 0 if n.startswith("exp_avg/") else t for n, t in load_file(file).items()}
-        save_file(zeroed, file, metadata=metadata)
+    path = directory / "checkpoints" / "step_00000003"
+    file = path / "optimizer" / "model.safetensors"
+    save_file({n: t * 0 if n.startswith("exp_avg.") else t for n, t in load_file(file).items()}, file)
+    sign_again(path)
     ranks(run, 2, resumed(config()), TP2, directory)
     same = [a == b for a, b in zip(records(directory), expected, strict=True) if "loss" in a]
     assert same == [True, True, True, True, False, False]  # the fourth loss is that of the weights as they were
@@ -146,14 +149,68 @@ def test_more_steps_can_be_asked_for(tmp_path: Path, ranks: Ranks) -> None:
     assert [r["step"] for r in records(directory) if "validation_loss" in r] == [2, 4, 6]
 
 
-def test_what_would_change_the_order_of_the_data_is_refused(tmp_path: Path, ranks: Ranks) -> None:
-    directory = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"batch_size": 4}, "was made with batch_size 8 and seq_len 16, not 4 and 16: the order of the data would"),
+        ({"model": {"num_layers": 3}}, "was made with another model: num_layers 2, not 3$"),
+        (
+            {"model": {"rope_theta": 5e5, "norm_eps": 1e-6}},
+            r"model: rope_theta 10000\.0, not 500000\.0, norm_eps 1e-05, not",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_on_is_refused_by_name(changes: dict[str, Any], text: str, stopped: Path, ranks: Ranks) -> None:
+    """On every rank, in one line, before anything is read; weights of the same shapes that mean something else too."""
+    settings = resumed(config(), **{name: value for name, value in changes.items() if name != "model"})
+    settings = replace(settings, model=replace(settings.model, **changes.get("model", {})))
+    found = ranks(complaint, 2, settings, TP2, stopped)
+    assert found[0] == found[1]
+    assert re.search(rf"step_00000003 .*{text}", found[0]), found[0]
+    assert "\n" not in found[0]
+
+
+def test_what_does_not_change_the_weights_may_change(stopped: Path, ranks: Ranks) -> None:
+    settings = resumed(config())
+    settings = replace(settings, model=replace(settings.model, dropout=0.0, attention_dropout=0.0))
+    assert ranks(complaint, 2, settings, TP2, stopped) == ["nothing was raised"] * 2
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(stopped: Path, tmp_path: Path, ranks: Ranks) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step_00000003" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for text in ranks(complaint, 2, resumed(config()), TP2, tmp_path / "run"):
+        assert re.search(r"model\.safetensors is damaged: the checksum of model\.norm\.weight\[0:32\] differs", text)
+
+
+@pytest.fixture(scope="module")
+def stopped(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended after its third step."""
+    directory = tmp_path_factory.mktemp("stopped") / "run"
     ranks(run, 2, config(), TP2, directory, 3)
-    for text in ranks(complaint, 2, resumed(config(), batch_size=4), TP2, directory):
-        assert "step_00000003 was made with batch_size 8 and seq_len 16, not 4 and 16" in text
+    return directory
 
 
 def test_old_checkpoints_go_as_new_ones_come(tmp_path: Path, ranks: Ranks) -> None:
-    ranks(run, 2, config(checkpoint_interval=1, keep_checkpoints=2), TP2, tmp_path / "run")
+    """All but the last two, and those of every third step."""
+    ranks(run, 2, config(checkpoint_interval=1, keep_checkpoints=2, keep_every=3), TP2, tmp_path / "run")
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_00000005", "step_00000006"]
+    assert kept == ["step_00000003", "step_00000005", "step_00000006"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_saving_leaves_the_run_as_it_is_and_is_reported(
+    background: bool, expected: list[Record], tmp_path: Path, ranks: Ranks
+) -> None:
+    """Losses bit for bit those of other intervals, at once and in the background; a line for each checkpoint."""
+    directory = tmp_path / "run"
+    ranks(run, 2, config(checkpoint_interval=1, async_checkpoint=background), TP2, directory)
+    assert records(directory) == expected
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    saved = [line for line in lines if "checkpoint_seconds" in line]
+    assert [line["step"] for line in saved] == [1, 2, 3, 4, 5, 6]
+    for line in saved:
+        assert 0 < line["checkpoint_stall_seconds"] <= line["checkpoint_seconds"]
+        assert (line["checkpoint_stall_seconds"] < line["checkpoint_seconds"]) is background

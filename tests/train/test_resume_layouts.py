@@ -1,4 +1,5 @@
-"""A run that goes on at another layout, pipelines among them: the same losses, to rounding, and the same data."""
+"""A run that goes on at another layout, pipelines and shared-out parameters among them: the same losses, to rounding,
+and the same data."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ LAYOUTS = {
     "pp 2 x tp 2, sequence parallel": ParallelConfig(tp=2, pp=2, sequence_parallel=True),
     "pp 2 x dp 2, zbv": ParallelConfig(pp=2, dp=2, pp_schedule="zbv"),
     "pp 4, gpipe": ParallelConfig(pp=4, pp_schedule="gpipe"),
+    "fsdp 2 x tp 2": ParallelConfig(dp=2, tp=2, dp_mode="fsdp"),
+    "pp 2 x fsdp 2": ParallelConfig(pp=2, dp=2, dp_mode="fsdp"),
 }
 
 
@@ -39,6 +42,9 @@ def alone(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
     ("gpt", "pp 2", "pp 2 x tp 2, sequence parallel"),
     ("llama", "pp 2 x tp 2, sequence parallel", "pp 4, gpipe"),
     ("gpt", "pp 4, gpipe", "pp 2 x dp 2, zbv"),
+    ("gpt", "fsdp 2 x tp 2", "pp 2 x tp 2, sequence parallel"),
+    ("llama", "pp 2 x dp 2, zbv", "fsdp 2 x tp 2"),
+    ("gpt", "pp 2 x fsdp 2", "pp 4, gpipe"),
 ])  # fmt: skip
 def test_three_steps_here_and_three_there(
     model: str, first: str, then: str, alone: dict[str, list[Record]], tmp_path: Path, ranks: Ranks
