@@ -111,9 +111,7 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.config, self.local_heads, self.mesh = config, local_heads, mesh
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, key: Key | None = None, seen: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None = None, seen: Tensor | None = None) -> Tensor:
         """q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim) -> (b, heads/tp, s, head_dim).
 
         seen: bool (b, s), False for keys that are padding. Of more keys than queries there is one query, the last,
