@@ -8,7 +8,7 @@ from torch import Tensor
 
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """function.apply(*inputs); without gradients its forward alone, since `apply` costs as much as a small product."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         return function.apply(*inputs)
     return function.forward(_Forgetful(), *inputs)
 
