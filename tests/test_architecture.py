@@ -40,6 +40,7 @@ NUMERIC = {"torch", "numpy"}
 PACKAGES: dict[str, set[str]] = {  # what each part may import from outside, beside the standard library
     KERNELS: {"torch", "triton"},
     "data": NUMERIC | {"tqdm", "tokenizers"},
+    "models": {"torch", "tqdm"},
     "checkpoint": NUMERIC | {"safetensors", "einops", "tqdm"},
     "train": NUMERIC | {"tqdm", "tyro", "tomli_w", "matplotlib"},
     "planner": NUMERIC,

@@ -1,6 +1,7 @@
 """Pure functions on local tensors, the hot path of the layers: no mesh, no process group, no model."""
 
 from tpformer_kernels.accumulate import accumulate_
+from tpformer_kernels.apply import apply
 from tpformer_kernels.attention import attention, attention_with_lse, explain_attention
 from tpformer_kernels.attention_reference import AttentionOptions
 from tpformer_kernels.backend import BACKENDS, Backend, check_backend, use_triton
@@ -27,6 +28,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "after",
+    "apply",
     "apply_rope",
     "attention",
     "attention_with_lse",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tpformer_kernels.apply import apply
 from tpformer_kernels.attention_choice import attention_choice, sdpa
 from tpformer_kernels.attention_ops import Settings, attention_backward, attention_forward
 from tpformer_kernels.attention_reference import AttentionOptions, attention_reference, lse_reference
@@ -124,7 +125,7 @@ def _in_triton(
         head,
         drawn,
     )
-    return _Attention.apply(q, k, v, key_mask, cu_seqlens, settings)
+    return apply(_Attention, q, k, v, key_mask, cu_seqlens, settings)
 
 
 class _Attention(torch.autograd.Function):

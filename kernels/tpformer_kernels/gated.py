@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tpformer_kernels.apply import apply
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.jit import jit, tl, triton
 from tpformer_kernels.library import launch, operator
@@ -29,14 +30,14 @@ def gated_activation(
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"the last dim of gate_up {tuple(gate_up.shape)} must be even: a gate and an up each")
     if use_triton(backend, gate_up):
-        return _GatedPairs.apply(gate_up, _number(activation), computed)
+        return apply(_GatedPairs, gate_up, _number(activation), computed)
     return gated_product(gate_up[..., 0::2], gate_up[..., 1::2], activation)
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) · up of two tensors in plain torch: the definition of gated_activation."""
     _number(activation)
-    return _GatedProduct.apply(gate, up, activation)
+    return apply(_GatedProduct, gate, up, activation)
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tpformer_kernels.apply import apply
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.gated import activate_block, activate_slope
 from tpformer_kernels.jit import jit, tl, triton
@@ -39,7 +40,7 @@ def bias_gelu(
     if bias is not None and tuple(bias.shape) != tuple(x.shape[-1:]):
         raise ValueError(f"bias {tuple(bias.shape)} must be as long as the last dim of x {tuple(x.shape)}")
     if use_triton(backend, x):
-        return _BiasGelu.apply(x, bias, activation == "gelu_tanh", computed)
+        return apply(_BiasGelu, x, bias, activation == "gelu_tanh", computed)
     hidden = x if bias is None else x + bias
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none").to(x.dtype)
 

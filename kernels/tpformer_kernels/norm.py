@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tpformer_kernels.apply import apply
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.norm_ops import narrower, norm_backward, norm_forward
 
@@ -21,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto"
 
     Raises ValueError for a weight of another size than x's last dim.
     """
-    return _Norm.apply(x, None, weight, None, eps, False, backend)[0]
+    return apply(_Norm, x, None, weight, None, eps, False, backend)[0]
 
 
 def add_rms_norm(
@@ -31,7 +32,7 @@ def add_rms_norm(
 
     Raises ValueError for shapes that do not fit each other.
     """
-    return _Norm.apply(x, residual, weight, None, eps, False, backend)
+    return apply(_Norm, x, residual, weight, None, eps, False, backend)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
@@ -39,7 +40,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: 
 
     Raises ValueError for a weight or bias of another size than x's last dim.
     """
-    return _Norm.apply(x, None, weight, bias, eps, True, backend)[0]
+    return apply(_Norm, x, None, weight, bias, eps, True, backend)[0]
 
 
 def add_layer_norm(
@@ -49,7 +50,7 @@ def add_layer_norm(
 
     Raises ValueError for shapes that do not fit each other.
     """
-    return _Norm.apply(x, residual, weight, bias, eps, True, backend)
+    return apply(_Norm, x, residual, weight, bias, eps, True, backend)
 
 
 class _Norm(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tpformer_kernels.apply import apply
 from tpformer_kernels.backend import Backend, use_triton
 from tpformer_kernels.jit import jit, tl, triton
 from tpformer_kernels.library import launch, operator
@@ -26,9 +27,9 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend 
         raise ValueError(f"qkv {tuple(qkv.shape)} must be (b, s, kv_heads, group + 2, head_dim)")
     _check_table(qkv, cos, sin)
     if use_triton(backend, qkv):
-        return _SplitAndRotate.apply(qkv, cos, sin)
+        return apply(_SplitAndRotate, qkv, cos, sin)
     q, k = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :]
-    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin), qkv[..., -1, :]
+    return apply(_Rotate, q, cos, sin), apply(_Rotate, k, cos, sin), qkv[..., -1, :]
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -41,8 +42,8 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backe
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.dtype != k.dtype:
         raise ValueError(f"q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} may differ in heads only")
     if use_triton(backend, q):
-        return _RotateTwo.apply(q, k, cos, sin)
-    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        return apply(_RotateTwo, q, k, cos, sin)
+    return apply(_Rotate, q, cos, sin), apply(_Rotate, k, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -9,20 +9,24 @@ import torch
 
 from tests.distributed import Ranks
 from tests.proofs.cases import Config, Layout, build_random, gpt, llama
-from tpformer import GPT, Axis, Llama, Mesh
-from tpformer.models.generate import _filter
+from tpformer import GPT, Llama, Mesh
+from tpformer.models.generate import _whole_sequences
+from tpformer.models.sampling import SamplingOptions
 
 MODELS: dict[str, Config] = {
-    "gpt": gpt(),
-    "llama": llama(num_kv_heads=2, vocab_size=257, max_seq_len=12),
-    "mistral": llama(num_kv_heads=1, sliding_window=3, max_seq_len=12),
+    "gpt": gpt(max_seq_len=16),
+    "llama": llama(num_kv_heads=2, vocab_size=257),
+    "mistral": llama(num_kv_heads=1, sliding_window=3),
 }
+PADDED = {"attention_mask": torch.tensor([[1] * 7, [0] * 4 + [1] * 3])}
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "hot": {"temperature": 1.5, "seed": 1},
     "filtered": {"temperature": 1.2, "top_k": 30, "top_p": 0.9, "seed": 4},
+    "penalised": {"temperature": 0.0, "repetition_penalty": 5.0},
+    "padded": {"temperature": 0.9, "seed": 3, **PADDED},
 }
-NEW = 7  # tokens after a prompt of 7, where no model sees more than 12
+NEW = 7  # tokens after a prompt of 7
 Tokens = dict[str, list[list[int]]]
 
 
@@ -32,7 +36,7 @@ def prompt(length: int = 7, rows: int = 2) -> torch.Tensor:
 
 
 def generated(name: str, mesh: Mesh) -> Tokens:
-    """What each of OPTIONS gives after a prompt; the window of every model moves on before the end."""
+    """What each of OPTIONS gives after a prompt."""
     model = build_random(MODELS[name], mesh, torch.float64)
     return {case: model.generate(prompt(), max_new_tokens=NEW, **options).tolist() for case, options in OPTIONS.items()}
 
@@ -57,12 +61,6 @@ def model_of(name: str) -> GPT | Llama:
 LAYOUTS = [Layout(2), Layout(2, 1, True), Layout(4), Layout(4, 1, True)]
 
 
-def test_a_window_that_sequence_parallelism_cannot_split_is_refused() -> None:
-    mesh = Mesh(tp=Axis("tp", 2), sequence_parallel=True)
-    with pytest.raises(ValueError, match=r"max_seq_len \(9\) must be divisible by tp \(2\)"):
-        Llama(llama(max_seq_len=9), mesh).generate(prompt(), max_new_tokens=1)
-
-
 @pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name in ("gpt", "llama", "mistral") for layout in LAYOUTS],
@@ -70,6 +68,41 @@ def test_a_window_that_sequence_parallelism_cannot_split_is_refused() -> None:
 )
 def test_one_seed_gives_the_same_tokens_on_any_layout(name: str, layout: Layout, ranks: Ranks) -> None:
     assert ranks(generated_on, layout.world_size, name, layout) == [one_process(name)] * layout.world_size
+
+
+class Interrupted(Exception):
+    """What a callback raises."""
+
+
+def meshes_after() -> list[bool]:
+    """On a rank: is every module's mesh again the one with sequence parallelism, after an end and after an error?"""
+    mesh = Mesh.create(tp=2, sequence_parallel=True, device="cpu")
+    model = build_random(MODELS["llama"], mesh, torch.float64)
+    found = []
+
+    def interrupt(column: torch.Tensor) -> None:
+        found.append(any(m.mesh.sequence_parallel for m in model.modules() if hasattr(m, "mesh")))
+        raise Interrupted
+
+    model.generate(prompt(), max_new_tokens=2)
+    found.append(all(m.mesh is mesh for m in model.modules() if hasattr(m, "mesh")))
+    with pytest.raises(Interrupted):
+        model.generate(prompt(), max_new_tokens=2, stream=interrupt)
+    found.append(all(m.mesh is mesh for m in model.modules() if hasattr(m, "mesh")))
+    logits = model.full_logits(prompt(8))
+    assert logits.shape == (2, 8, 257)
+    return found
+
+
+def test_sequence_parallelism_comes_back_after_errors_too(ranks: Ranks) -> None:
+    assert ranks(meshes_after, 2) == [[True, False, True]] * 2
+
+
+def test_without_sequence_parallelism_nothing_is_touched() -> None:
+    model = model_of("gpt")
+    before = [m.mesh for m in model.modules() if hasattr(m, "mesh")]
+    with _whole_sequences(model):
+        assert all(a is b for a, b in zip(before, [m.mesh for m in model.modules() if hasattr(m, "mesh")], strict=True))
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "mistral"])
@@ -93,7 +126,7 @@ def test_a_single_choice_is_greedy_whatever_the_seed() -> None:
 
 def test_each_step_and_row_draws_its_own_numbers() -> None:
     """So hot that the logits do not matter: what is left is the noise."""
-    hot = model_of("gpt").generate(prompt(1, 4), max_new_tokens=20, temperature=1e9)[:, 1:]
+    hot = model_of("gpt").generate(prompt(1, 4), max_new_tokens=15, temperature=1e9)[:, 1:]
     for tokens in (*hot, *hot.T):
         assert len(tokens.unique()) > len(tokens) // 2
 
@@ -105,74 +138,80 @@ def test_limits_beyond_the_vocabulary_filter_nothing() -> None:
         assert torch.equal(found, free), options
 
 
-def test_the_filters_keep_exactly_the_likeliest() -> None:
-    probabilities = torch.tensor([[0.1, 0.4, 0.15, 0.3, 0.05]], dtype=torch.float64)
-    for top_k, top_p, kept in (
-        (2, None, [1, 3]),
-        (None, 0.39, [1]),
-        (None, 0.41, [1, 3]),
-        (None, 0.71, [1, 2, 3]),
-        (None, 0.96, [0, 1, 2, 3, 4]),
-        (3, 0.5, [1, 3]),  # of 0.4, 0.3 and 0.15, which are renormalised to 0.47, 0.35 and 0.18
-        (3, 0.46, [1]),
-    ):
-        found = _filter(probabilities.log(), top_k, top_p).isfinite()[0].nonzero().flatten().tolist()
-        assert found == kept, (top_k, top_p)
+def test_options_come_by_name_or_together() -> None:
+    sampling = SamplingOptions(temperature=1.2, top_k=30, seed=9)
+    by_name = model_of("gpt").generate(prompt(), max_new_tokens=NEW, temperature=1.2, top_k=30, top_p=0.9, seed=4)
+    together = model_of("gpt").generate(prompt(), max_new_tokens=NEW, sampling=sampling, top_p=0.9, seed=4)
+    assert by_name.tolist() == together.tolist() == one_process("gpt")["filtered"]
+    with pytest.raises(TypeError, match="top_q"):
+        model_of("gpt").generate(prompt(), max_new_tokens=1, top_q=0.9)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 2.0}, {"top_k": 5}, {"top_p": 0.6, "temperature": 0.7}], ids=str
-)
-def test_the_tokens_have_the_frequencies_of_the_distribution(options: dict[str, Any]) -> None:
-    """20000 equal prompts: each token as often as its probability says, within five standard errors."""
-    n = 20000
-    tokens = torch.tensor([[3, 14]])
-    logits = model_of("gpt").full_logits(tokens)[:, -1] / options.get("temperature", 1.0)
-    expected = _filter(logits, options.get("top_k"), options.get("top_p")).softmax(-1)[0].detach()
-
-    class Repeated(GPT):
-        """The same logits for each row, computed once."""
-
-        def full_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-            return model_of("gpt").full_logits(tokens[:1]).expand(len(tokens), -1, -1)
-
-    found = Repeated(gpt()).generate(tokens.expand(n, 2), max_new_tokens=1, seed=6, **options)[:, 2]
-    frequency = torch.bincount(found, minlength=101) / n
-    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1 / n * (expected > 0)).all()
+def test_rows_that_met_a_stop_token_are_filled_and_all_of_them_end_it() -> None:
+    model, options = model_of("llama"), OPTIONS["hot"]
+    free = torch.tensor(one_process("llama")["hot"])
+    first, second = free[0, 9].item(), free[1, 11].item()
+    assert torch.isin(free[:, 7:], torch.tensor([first, second])).nonzero().tolist() == [[0, 2], [1, 4]]
+    found = model.generate(prompt(), max_new_tokens=NEW, stop_tokens=(first, second), **options)
+    assert found.shape == (2, 12)
+    assert torch.equal(found[1], free[1, :12])
+    assert torch.equal(found[0], torch.cat([free[0, :10], free.new_full((2,), first)]))
+    beyond = model.generate(prompt(), max_new_tokens=NEW, stop_tokens=(first,), pad_token=-7, **options)
+    assert torch.equal(beyond[1], free[1])
+    assert beyond[0].tolist() == [*free[0, :10].tolist(), -7, -7, -7, -7]
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
-def test_a_prompt_longer_than_the_model_sees_is_windowed(name: str) -> None:
-    model, length = model_of(name), MODELS[name].max_seq_len
-    long = prompt(length + 7)
-    found = model.generate(long, max_new_tokens=1, temperature=0.0)
-    assert torch.equal(found[:, :-1], long)
-    assert torch.equal(found[:, -1], model.full_logits(long[:, -length:])[:, -1].argmax(-1))
-    assert not torch.equal(found[:, -1], model.full_logits(long[:, :length])[:, -1].argmax(-1))
+def test_the_stream_is_told_each_column_as_it_is_made() -> None:
+    columns: list[torch.Tensor] = []
+    found = model_of("gpt").generate(prompt(), max_new_tokens=NEW, stream=columns.append, **OPTIONS["hot"])
+    assert torch.equal(torch.stack(columns, dim=1), found[:, 7:])
+    assert found.tolist() == one_process("gpt")["hot"]
+
+
+def test_progress_is_shown_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    model_of("gpt").generate(prompt(), max_new_tokens=NEW)
+    assert capsys.readouterr().err == ""
+    model_of("gpt").generate(prompt(), max_new_tokens=NEW, progress=True)
+    assert "7/7" in capsys.readouterr().err
 
 
 def test_generation_leaves_no_graph_and_takes_any_count() -> None:
     model = model_of("gpt")
     assert torch.equal(model.generate(prompt(), max_new_tokens=0), prompt())
+    assert model.generate(prompt(), max_new_tokens=9).shape == (2, 16)  # all that the model takes
     assert not model.generate(prompt(), max_new_tokens=2).requires_grad
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_model_s_own_dropout_does_not_touch_generation() -> None:
-    dropped = build_random(replace(gpt(), dropout=0.5, attention_dropout=0.5), Mesh(), torch.float64)
+    config = replace(MODELS["gpt"], dropout=0.5, attention_dropout=0.5)
+    dropped = build_random(config, Mesh(), torch.float64)
     assert dropped.generate(prompt(), max_new_tokens=NEW, temperature=0.0).tolist() == one_process("gpt")["greedy"]
 
 
+def mask(*rows: list[int]) -> dict[str, torch.Tensor]:
+    return {"attention_mask": torch.tensor(rows)}
+
+
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("tokens", "options", "text"),
     [
-        ({"temperature": -0.1}, r"temperature \(-0.1\) >= 0"),
-        ({"top_k": 0}, r"top_k \(0\) >= 1"),
-        ({"top_p": 0.0}, r"0 < top_p \(0.0\) <= 1"),
-        ({"top_p": 1.1}, r"0 < top_p \(1.1\) <= 1"),
+        (prompt(), {"max_new_tokens": 10}, r"prompt \(7\) \+ max_new_tokens \(10\) must be at most max_seq_len \(16\)"),
+        (prompt(), {"max_new_tokens": -1}, r"max_new_tokens \(-1\).* at least 0"),
+        (prompt()[0], {}, r"tokens \(7,\) must be \(batch, length\)"),
+        (prompt()[:, :0], {}, r"tokens \(2, 0\) must be \(batch, length\), both at least 1"),
+        (prompt()[:0], {}, r"tokens \(0, 7\) must be"),
+        (prompt() + 95, {}, r"token \d+ must be in 0\.\.100"),
+        (prompt() - 50, {}, r"token -\d+ must be in 0\.\.100"),
+        (prompt(), {"stop_tokens": (3, 101)}, r"token 101 must be in 0\.\.100"),
+        (prompt(3), mask([1, 1, 1]), r"attention_mask \(1, 3\) must have the shape \(2, 3\)"),
+        (prompt(3), mask([1, 1, 1], [1, 1, 0]), r"row 1 must be zeros, then at least one 1: pad prompts on the left"),
+        (prompt(3), mask([1, 0, 1], [1, 1, 1]), r"row 0 must be zeros"),
+        (prompt(3), mask([1, 1, 1], [0, 0, 0]), r"row 1 must be zeros"),
+        (prompt(), {"top_k": 0}, r"top_k \(0\) >= 1"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_options_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:
+def test_what_does_not_fit_is_refused(tokens: torch.Tensor, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        model_of("gpt").generate(prompt(), max_new_tokens=1, **options)
+        model_of("gpt").generate(tokens, **({"max_new_tokens": 1} | options))

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpformer.layers.cache import BlockCache
 from tpformer.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpformer.layers.norm import RMSNorm
 from tpformer.mesh import Axis, Mesh, divide
@@ -56,22 +58,43 @@ class SelfAttention(nn.Module):
             self.q_norm = self._head_norm()
             self.k_norm = self._head_norm()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, key: Key | None = None) -> Tensor:
-        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; a key switches dropout on."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        key: Key | None = None,
+        cache: BlockCache | None = None,
+    ) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; a key switches dropout on.
+
+        cache: what it holds is attended to as well, and x's keys and values are added to it; not under sequence
+        parallelism.
+        """
+        q, k, v = (y.transpose(1, 2) for y in self._heads(x, rope))
+        if cache is None:
+            y = self.core(q, k, v, key)  # (b, heads/tp, s, head_dim)
+        else:
+            k, v, seen = cache.extend(k, v, self.config.sliding_window)
+            y = self.core(q, k, v, key, seen)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """q (b, s, heads/tp, head_dim), k and v (b, s, kv_heads/tp, head_dim), rotated."""
+        if rope is not None and rope[0].dim() == 4:  # each row at positions of its own: as one row of all tokens
+            cos, sin = (table.flatten(0, 1) for table in rope)
+            return tuple(y[0].unflatten(0, x.shape[:2]) for y in self._heads(x.flatten(0, 1)[None], (cos, sin)))
         c = self.config
         group = self.local_heads // self.local_kv_heads  # query heads to a KV head
         qkv = self.qkv(x).unflatten(-1, (self.local_kv_heads, group + 2, c.head_dim))
         if rope is not None and not c.qk_norm:
-            q, k, v = split_and_rotate(qkv, *rope, backend=c.backend)
-        else:
-            q = qkv[..., :group, :].flatten(2, 3)  # (b, s, heads/tp, head_dim)
-            k, v = qkv[..., group, :], qkv[..., group + 1, :]  # (b, s, kv_heads/tp, head_dim)
-            if c.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
-            if rope is not None:
-                q, k = apply_rope(q, k, *rope, backend=c.backend)
-        y = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key)  # (b, heads/tp, s, head_dim)
-        return self.out(y.transpose(1, 2).flatten(2))
+            return split_and_rotate(qkv, *rope, backend=c.backend)
+        q = qkv[..., :group, :].flatten(2, 3)
+        k, v = qkv[..., group, :], qkv[..., group + 1, :]
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, k, *rope, backend=c.backend)
+        return q, k, v
 
     def _head_norm(self) -> RMSNorm:
         c = self.config
@@ -88,14 +111,27 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.config, self.local_heads, self.mesh = config, local_heads, mesh
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None = None) -> Tensor:
-        """q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim) -> (b, heads/tp, s, head_dim)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key: Key | None = None, seen: Tensor | None = None) -> Tensor:
+        """q (b, heads/tp, s, head_dim), k and v (b, kv_heads/tp, s, head_dim) -> (b, heads/tp, s, head_dim).
+
+        seen: bool (b, s), False for keys that are padding. Of more keys than queries there is one query, the last,
+        and it sees all of them that are no padding.
+        """
+        if q.shape[2] < k.shape[2]:
+            return _attend_from_last(q, k, v, seen)
         c = self.config
         options = AttentionOptions(causal=c.causal, window=c.sliding_window)
         if key is not None and c.dropout:
             place = (key.seed, key.sample, self.mesh.tp.rank * self.local_heads)
             options = replace(options, dropout=c.dropout, place=place)
-        return attention(q, k, v, options, backend=c.backend)
+        return attention(q, k, v, options, key_mask=seen, backend=c.backend)
+
+
+def _attend_from_last(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """One query a row: the heads that share a KV head are queries of that one, so that no key is copied for them."""
+    grouped = q.reshape(*k.shape[:2], -1, q.shape[3])  # (b, kv_heads/tp, group, head_dim)
+    mask = None if seen is None else seen[:, None, None]
+    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
 
 def qkv_rows(config: AttentionConfig, tp: Axis) -> Placement:

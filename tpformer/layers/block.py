@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from tpformer.layers.cache import BlockCache
 from tpformer.layers.dropout import residual_dropout
 from tpformer.layers.mlp import MLP, GatedMLP
 from tpformer.layers.norm import add_norm
@@ -34,10 +35,20 @@ class DecoderBlock(nn.Module):
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, key: Key | None = None) -> Tensor:
-        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; a key switches dropout on."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        key: Key | None = None,
+        cache: BlockCache | None = None,
+    ) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism; a key switches dropout on.
+
+        cache: the attention's, where it has one.
+        """
         keys = [key.fold(use) if key else None for use in ("attention", "after attention", "after mlp")]
-        attended = self.attention(self.attention_norm(x), rope, keys[0])
+        cached = () if cache is None else (cache,)  # whoever brings an attention for training only need not know of it
+        attended = self.attention(self.attention_norm(x), rope, keys[0], *cached)
         if key is None or self.dropout == 0:
             normed, x = add_norm(self.mlp_norm, attended, x)
             # theirs is added by the last matmul, where tp is 1; a hook is to see the output without it

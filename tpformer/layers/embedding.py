@@ -127,8 +127,13 @@ class PositionEmbedding(nn.Module):
         if not self.weight.is_meta:
             draw_normal(self.weight, self.placements["weight"], fresh_key(), 1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism."""
+    def forward(self, x: Tensor, positions: slice | Tensor | None = None) -> Tensor:
+        """(b, s, d) -> (b, s, d), or (b, s/tp, d) both under sequence parallelism.
+
+        positions: a slice of s, or int64 (b, s), where they are not 0 to s - 1; not under sequence parallelism.
+        """
+        if positions is not None:
+            return x + self.weight[positions]
         first = self.mesh.tp.rank * x.shape[1] if self.mesh.sequence_parallel else 0
         if first + x.shape[1] > self.weight.shape[0]:
             raise ValueError(f"position {first + x.shape[1] - 1} must be below max_seq_len ({self.weight.shape[0]})")

@@ -21,7 +21,7 @@ from tpformer.layers.product import Product
 from tpformer.mesh import Mesh, divide
 from tpformer.overlap import gather_matmul, matmul_scatter, overlap_mode
 from tpformer.placement import Placement, replicated, split
-from tpformer_kernels import Backend, after, check_backend, fuses_activation, matmul, matmul_activation
+from tpformer_kernels import Backend, after, apply, check_backend, fuses_activation, matmul, matmul_activation
 
 
 class ColumnParallelLinear(nn.Module):
@@ -75,7 +75,7 @@ class ColumnParallelLinear(nn.Module):
         """
         bias = self.bias if add_bias else None
         product = Product.of(self, self.interleave if apart else 1, activation)
-        outputs = _ColumnLinear.apply(x, self.weight, bias, product)
+        outputs = apply(_ColumnLinear, x, self.weight, bias, product)
         if self.gather_output:
             outputs = tuple(gather_features(y, self.mesh.tp) for y in outputs)
         return outputs if apart or activation is not None else outputs[0]
@@ -128,10 +128,10 @@ class RowParallelLinear(nn.Module):
         product = Product.of(self)
         alike = all(added is None or added.dtype == x.dtype for added in (self.bias, residual))
         if self.mesh.tp.size == 1 and alike:  # with a wider one the sum is as wide
-            return _RowLinear.apply(x, self.weight, self.bias, residual, product)
-        y = _RowLinear.apply(x, self.weight, None, None, product)
+            return apply(_RowLinear, x, self.weight, self.bias, residual, product)
+        y = apply(_RowLinear, x, self.weight, None, None, product)
         if self.mesh.tp.size > 1 and not product.overlaps():
-            y = _Leave.apply(y, self.mesh)
+            y = apply(_Leave, y, self.mesh)
         y = y if self.bias is None else y + self.bias
         return y if residual is None else y + residual
 
@@ -141,7 +141,7 @@ def column_linear(x: Tensor, weight: Tensor, mesh: Mesh, *, backend: Backend = "
 
     x (b, s, d) or (b, s/tp, d), weight (f/tp, d) -> (b, s, f/tp).
     """
-    return _ColumnLinear.apply(x, weight, None, Product(mesh, backend))[0]
+    return apply(_ColumnLinear, x, weight, None, Product(mesh, backend))[0]
 
 
 class _ColumnLinear(torch.autograd.Function):

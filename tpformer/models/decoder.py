@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tpformer.collectives import gather_features
+from tpformer.layers.cache import KVCache
 from tpformer.layers.cross_entropy import LossOptions
 from tpformer.layers.embedding import VocabParallelEmbedding
 from tpformer.layers.linear import column_linear
@@ -40,11 +41,19 @@ def tie_to_first(part: Part, embedding: VocabParallelEmbedding) -> VocabParallel
     return embedding
 
 
-def run_blocks(self: Any, x: Tensor, layers: Iterable[int] | None = None, *, key: Key | None = None) -> Tensor:
+def run_blocks(
+    self: Any,
+    x: Tensor,
+    layers: Iterable[int] | None = None,
+    *,
+    key: Key | None = None,
+    cache: KVCache | None = None,
+) -> Tensor:
     """x (b, s, d), or (b, s/tp, d) under sequence parallelism, through the blocks of these numbers; by default all."""
-    rope = self.rope(x)
+    rope = self.rope(x, cache)
     for name in self.blocks if layers is None else map(str, layers):
-        x = self.blocks[name](x, rope, key and key.fold("block", name))
+        cached = () if cache is None else (cache.block(name),)
+        x = self.blocks[name](x, rope, key and key.fold("block", name), *cached)
     return x
 
 
@@ -65,13 +74,27 @@ def embed_tokens(self: Any, tokens: Tensor) -> Tensor:
 def to_logits(self: Any, x: Tensor) -> Tensor:
     """(b, s, d), or (b, s/tp, d) under sequence parallelism -> this rank's logits (b, s, padded_vocab/tp)."""
     if self.head is None:  # tied: the embedding's own rows
-        return column_linear(x, self.embedding.weight, self.mesh, backend=self.config.backend)
+        return column_linear(x, self.embedding.weight, self.embedding.mesh, backend=self.config.backend)
     return self.head(x)
 
 
 def full_logits(self: Any, tokens: Tensor) -> Tensor:
     """int64 (b, s) -> the whole logits (b, s, vocab_size) on every rank; collective."""
     return gather_features(self(tokens), self.mesh.tp)[..., : self.config.vocab_size]
+
+
+def next_logits(self: Any, tokens: Tensor, cache: KVCache) -> Tensor:
+    """int64 (b, s), which the cache was advanced by -> the logits after the last, (b, vocab_size), on every rank.
+
+    Collective. Not under sequence parallelism, which `generate` leaves.
+    """
+    return self.last_logits(self.run_blocks(self.embed(tokens, cache=cache), cache=cache))
+
+
+def last_logits(self: Any, x: Tensor) -> Tensor:
+    """What the last block gives, (b, s, d) -> the logits after the last position, (b, vocab_size), on every rank."""
+    logits = gather_features(self.to_logits(self.norm(x[:, -1:])), self.mesh.tp)
+    return logits[:, 0, : self.config.vocab_size]
 
 
 def hidden_states(self: Any, tokens: Tensor, *, key: Key | None = None) -> Tensor:

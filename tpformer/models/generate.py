@@ -1,22 +1,31 @@
-"""Sampling from a decoder at any tp; every rank draws the same tokens."""
+"""Generation from a decoder at any layout: every rank draws the same tokens."""
 
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from tpformer.mesh import Mesh, divide
-from tpformer.random import Key, uniform
-from tpformer_kernels import random_columns
+from tpformer.layers.cache import KVCache
+from tpformer.mesh import Mesh
+from tpformer.models.sampling import Sampler, SamplingOptions
 
 
 class Decoder(Protocol):
-    """What sampling needs of a model."""
+    """What generation needs: a model, a stage that is a whole one, or a pipeline has it."""
 
+    config: Any
     mesh: Mesh
 
-    def full_logits(self, tokens: Tensor) -> Tensor:
-        """int64 (b, s) -> (b, s, vocab_size) on every rank."""
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """int64 (b, s), which the cache was advanced by -> the logits after the last, (b, vocab_size), on any rank."""
+        ...
+
+    def modules(self) -> Iterable[nn.Module]:
+        """All that computes them here."""
         ...
 
 
@@ -26,59 +35,89 @@ def generate(
     tokens: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    stream: Callable[[Tensor], object] | None = None,
+    progress: bool = False,
+    sampling: SamplingOptions = SamplingOptions(),
+    **options: Any,
 ) -> Tensor:
-    """Append max_new_tokens sampled tokens: int64 (b, s) -> (b, s + max_new_tokens), the same on every rank.
+    """Append up to max_new_tokens tokens to each prompt: int64 (b, s) -> (b, s + new), the same on every rank.
 
-    temperature 0 takes the likeliest token; top_k and top_p (arXiv 1904.09751) leave only the likeliest ones.
-    The model sees at most its last max_seq_len tokens. One seed gives the same tokens at any tp, to rounding
-    of the logits. Raises ValueError for options out of range, and under sequence parallelism for a max_seq_len that
-    tp does not divide.
+    attention_mask: (b, s), 0 for padding, where prompts differ in length: it stands to the left of them, and a row is
+    what it would be alone. stream: called on every rank with each new column, int64 (b). progress: a bar on rank 0.
+    options: those of SamplingOptions by name, temperature and top_k for instance, in place of sampling's.
+    One seed gives the same tokens at any layout, to rounding of the logits; it ends early when all rows have.
+    Keys and values are kept, heads split over tp; collective, with nothing split along the sequence.
+    Raises ValueError, on every rank before anything is computed, for options, prompts or a mask that are none, and for
+    more than max_seq_len tokens in a row.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    sampling = replace(sampling, **options)
+    mask = _checked_mask(tokens, attention_mask)
+    _check(model.config, tokens, mask, max_new_tokens, sampling)
+    cache = KVCache(tokens.shape[1] + max_new_tokens, mask)
+    sampler = Sampler(sampling, tokens, mask, model.config.vocab_size)
+    ends = torch.tensor(sampling.stop_tokens, dtype=torch.int64, device=tokens.device)
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    columns = [tokens]
+    # what is masked may be any number
+    unseen = tokens if mask is None else tokens.masked_fill(~mask, 0)
+    quiet = not progress or model.mesh.world.rank != 0
+    with _whole_sequences(model), tqdm(total=max_new_tokens, unit="token", disable=quiet) as bar:
+        while len(columns) <= max_new_tokens:
+            cache.advance(unseen.shape[1])
+            chosen = sampler.choose(model.next_logits(unseen, cache))
+            columns.append(chosen.masked_fill(ended, sampling.padding).unsqueeze(1) if len(ends) else chosen[:, None])
+            bar.update(1)
+            if stream is not None:
+                stream(columns[-1][:, 0])
+            if len(ends):
+                ended |= torch.isin(chosen, ends)
+                if ended.all():
+                    break
+            unseen = chosen.unsqueeze(1)
+    return torch.cat(columns, dim=1)
+
+
+@contextmanager
+def _whole_sequences(model: Decoder) -> Iterator[None]:
+    """No sequence parallelism inside: a single token cannot be split, and the weights lie the same without."""
+    found = [(m, mesh) for m in model.modules() if isinstance(mesh := getattr(m, "mesh", None), Mesh)]
+    split = [(module, mesh) for module, mesh in found if mesh.sequence_parallel]
+    try:
+        for module, mesh in split:
+            module.mesh = replace(mesh, sequence_parallel=False)  # type: ignore[assignment]
+        yield
+    finally:
+        for module, mesh in split:
+            module.mesh = mesh  # type: ignore[assignment]
+
+
+def _checked_mask(tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """As bool (b, s), None where no prompt is padded; raises ValueError unless padding is to the left of tokens."""
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 1:
+        raise ValueError(f"tokens {tuple(tokens.shape)} must be (batch, length), both at least 1")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape {tuple(tokens.shape)}")
+    mask = attention_mask.to(tokens.device, torch.bool)
+    if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
+        row = int((~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(1)).nonzero()[0])
+        raise ValueError(f"attention_mask row {row} must be zeros, then at least one 1: pad prompts on the left")
+    return None if mask.all() else mask
+
+
+def _check(config: Any, tokens: Tensor, mask: Tensor | None, max_new_tokens: int, sampling: SamplingOptions) -> None:
+    """Raises ValueError for numbers that do not fit the model: in a pipeline its other stages would wait for ever."""
+    limit, vocab_size, length = config.max_seq_len, config.vocab_size, tokens.shape[1]
+    if max_new_tokens < 0 or length + max_new_tokens > limit:
         raise ValueError(
-            f"temperature ({temperature}) >= 0, top_k ({top_k}) >= 1 and 0 < top_p ({top_p}) <= 1 must hold"
+            f"prompt ({length}) + max_new_tokens ({max_new_tokens}) must be at most max_seq_len ({limit}), "
+            "and max_new_tokens at least 0"
         )
-    window = model.config.max_seq_len  # type: ignore[attr-defined]
-    if model.mesh.sequence_parallel:
-        divide(window, model.mesh.tp.size, "max_seq_len")
-    for step in range(max_new_tokens):
-        logits = _next_logits(model, tokens[:, -window:])  # (b, vocab)
-        if temperature == 0:
-            chosen = logits.argmax(dim=-1)
-        else:
-            chosen = _sample(_filter(logits / temperature, top_k, top_p), Key(seed).fold("generate", step))
-        tokens = torch.cat([tokens, chosen.unsqueeze(1)], dim=1)
-    return tokens
-
-
-def _next_logits(model: Decoder, tokens: Tensor) -> Tensor:
-    """The logits after the last token, (b, vocab), in fp32 or fp64."""
-    length = tokens.shape[1]
-    if model.mesh.sequence_parallel:  # a causal model does not see what is appended to make the length whole
-        tokens = torch.nn.functional.pad(tokens, (0, -length % model.mesh.tp.size))
-    logits = model.full_logits(tokens)[:, length - 1]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _filter(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Set all but the likeliest logits to -inf."""
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
-        probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first token always stays
-        logits = logits.masked_fill(beyond.gather(1, order.argsort(dim=-1)), -torch.inf)
-    return logits
-
-
-def _sample(logits: Tensor, key: Key) -> Tensor:
-    """One token a row, (b), by the Gumbel-max trick over global token ids."""
-    rows = torch.arange(logits.shape[0], device=logits.device)
-    words = random_columns(key.seed, (rows, torch.zeros_like(rows), torch.zeros_like(rows)), 0, logits.shape[1])
-    gumbel = -(-uniform(words).log()).log()
-    return (logits + gumbel).argmax(dim=-1)
+    wrong = (tokens < 0) | (tokens >= vocab_size)
+    wrong = wrong if mask is None else wrong & mask
+    stops = [token for token in sampling.stop_tokens if not 0 <= token < vocab_size]
+    if wrong.any() or stops:
+        token = stops[0] if stops else int(tokens[wrong][0])
+        raise ValueError(f"token {token} must be in 0..{vocab_size - 1} (vocab_size {vocab_size})")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tpformer.layers.attention import AttentionConfig, SelfAttention
 from tpformer.layers.block import DecoderBlock
+from tpformer.layers.cache import KVCache
 from tpformer.layers.dropout import check_dropout, residual_dropout
 from tpformer.layers.embedding import PositionEmbedding, VocabParallelEmbedding, VocabParallelHead
 from tpformer.layers.mlp import MLP
@@ -20,7 +21,9 @@ from tpformer.models.decoder import (
     full_logits,
     head_loss,
     hidden_states,
+    last_logits,
     loss,
+    next_logits,
     run_blocks,
     tie_to_first,
     to_logits,
@@ -158,20 +161,22 @@ class GPT(nn.Module):
         """int64 (b, s) -> this rank's logits (b, s, padded_vocab/tp); a key switches dropout on."""
         return self.to_logits(self.hidden_states(tokens, key=key))
 
-    def embed(self, tokens: Tensor, key: Key | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, key: Key | None = None, cache: KVCache | None = None) -> Tensor:
         """int64 (b, s) -> what the first block reads, (b, s, d) or, under sequence parallelism, (b, s/tp, d)."""
         c = self.config
         check_length(tokens, c.max_seq_len)
-        x = self.position(embed_tokens(self, tokens))
+        x = self.position(embed_tokens(self, tokens), None if cache is None else cache.positions)
         return residual_dropout(x, None, c.dropout, key and key.fold("embedding"), self.mesh, backend=c.backend)
 
-    def rope(self, x: Tensor) -> None:
+    def rope(self, x: Tensor, cache: KVCache | None = None) -> None:
         """None: positions are learned."""
 
     run_blocks = run_blocks
     hidden_states = hidden_states
     to_logits = to_logits
     full_logits = full_logits
+    next_logits = next_logits
+    last_logits = last_logits
     loss = loss
     head_loss = head_loss
     generate = generate

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpformer.collectives import gather_features
+from tpformer.layers.cache import KVCache
 from tpformer.mesh import Mesh
 from tpformer.models.decoder import Part
 from tpformer.random import Key
@@ -15,7 +16,8 @@ class DecoderStage(nn.Module):
     """The blocks and ends of one Part of a model, which it shares with it, under the same names.
 
     First: tokens (b, s) -> x; then x -> x, (b, s, d) or (b, s/tp, d) under sequence parallelism; last: x -> the mean
-    loss in nats per token or, without targets, the whole logits (b, s, vocab_size) on every tp rank.
+    loss in nats per token or, without targets, the whole logits (b, s, vocab_size) on every tp rank; with a cache
+    those after the last position only, (b, vocab_size).
     around: entered around every forward (an ActivationOffload).
     """
 
@@ -39,15 +41,18 @@ class DecoderStage(nn.Module):
         *,
         key: Key | None = None,
         z_loss: float = 0.0,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """What this stage makes of x or of tokens; a key switches dropout on."""
         with self._around:
             (model,) = self._model
             if self.part.first:
-                x = model.embed(x, key)
-            x = model.run_blocks(x, self.part.layers, key=key)
+                x = model.embed(x, key, cache)
+            x = model.run_blocks(x, self.part.layers, key=key, cache=cache)
             if not self.part.last:
                 return x
+            if cache is not None:
+                return model.last_logits(x)
             x = model.norm(x)
             return model.head_loss(x, targets, z_loss) if targets is not None else self._full(model.to_logits(x))
 
@@ -58,6 +63,10 @@ class DecoderStage(nn.Module):
     def full_logits(self, tokens: Tensor) -> Tensor:
         """Of a stage that is a whole model: int64 (b, s) -> (b, s, vocab_size) on every rank; collective."""
         return self(tokens)
+
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Of a stage that is a whole model: as the model's own."""
+        return self(tokens, cache=cache)
 
     def _full(self, logits: Tensor) -> Tensor:
         return gather_features(logits, self.mesh.tp)[..., : self.config.vocab_size]

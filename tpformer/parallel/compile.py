@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tpformer.layers.block import DecoderBlock
+from tpformer.layers.cache import BlockCache
 from tpformer.overlap import overlap_mode
 from tpformer.random import Key, TracedKey
 
@@ -31,10 +32,14 @@ def _compiled(eager: Callable[..., Tensor], backend: str) -> Callable[..., Tenso
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend=backend)
 
     def forward(
-        block: DecoderBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, key: Key | None = None
+        block: DecoderBlock,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        key: Key | None = None,
+        cache: BlockCache | None = None,
     ) -> Tensor:
-        if not torch.is_grad_enabled():
-            return eager(block, x, rope, key)
+        if not torch.is_grad_enabled() or cache is not None:
+            return eager(block, x, rope, key, cache)
         return compiled(block, x, rope, None if key is None else TracedKey.of(key))
 
     return forward

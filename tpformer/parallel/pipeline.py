@@ -4,15 +4,16 @@ Sources: GPipe (arXiv 1811.06965), 1F1B (1806.03377), interleaved 1F1B (2104.044
 DualPipeV (2412.19437).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from tpformer.layers.cache import KVCache
 from tpformer.mesh import Mesh
 from tpformer.models.stage import DecoderStage
 from tpformer.parallel.split import check_micro_batches, rank_of
@@ -111,11 +112,27 @@ class Pipeline:
         result = self._relay(tokens, {}, None)
         return self._from_last(result, (*tokens.shape, self.config.vocab_size), self.batches.dtype)
 
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """int64 (b, s), which the cache was advanced by -> the logits after the last, (b, vocab_size), on every rank.
+
+        Collective; a cache holds what the blocks of this process need. Not under sequence parallelism.
+        """
+        result = self._relay(tokens, {}, None, cache)
+        return self._from_last(result, (len(tokens), self.config.vocab_size), self.batches.dtype)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All of this process's stages."""
+        for stage in self.stages.values():
+            yield from stage.modules()
+
     @torch.no_grad()
-    def _relay(self, tokens: Tensor, at_last: dict[str, Any], key: Key | None) -> Tensor | None:
+    def _relay(
+        self, tokens: Tensor, at_last: dict[str, Any], key: Key | None, cache: KVCache | None = None
+    ) -> Tensor | None:
         """What the last stage makes of it, where that is; None elsewhere."""
         x, before = tokens, -1
-        length = tokens.shape[1] // (self.mesh.tp.size if self.mesh.sequence_parallel else 1)
+        split = self.mesh.sequence_parallel and cache is None
+        length = tokens.shape[1] // (self.mesh.tp.size if split else 1)
         for number in range(self._layout.num_stages):
             here = rank_of(number, self._layout)
             if here == self.mesh.pp.rank:
@@ -123,7 +140,7 @@ class Pipeline:
                     x = torch.empty(len(tokens), length, self.config.hidden_size, **_like(self))
                     dist.recv(x, group=self.mesh.pp.group, group_src=before)
                 last = number == self._layout.num_stages - 1
-                x = self.stages[number](x, key=key, **(at_last if last else {}))
+                x = self.stages[number](x, key=key, cache=cache, **(at_last if last else {}))
             elif before == self.mesh.pp.rank:
                 dist.send(x.contiguous(), group=self.mesh.pp.group, group_dst=here)
             before = here

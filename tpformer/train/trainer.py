@@ -206,8 +206,10 @@ class Trainer:
         if tokenizer is None or not run.sample_tokens or not run.prompt:
             return ""
         tokens = torch.tensor([tokenizer.encode(run.prompt).tolist()], device=self.mesh.device)
-        options: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "seed": run.seed}
-        ids = generate(self.runner, tokens, max_new_tokens=run.sample_tokens, **options)
+        limit = self.model.config.max_seq_len
+        tokens = tokens[:, -max(1, limit - 1) :]  # of a prompt that fills the model one token is left to sample
+        new = min(run.sample_tokens, limit - tokens.shape[1])
+        ids = generate(self.runner, tokens, max_new_tokens=new, temperature=0.8, top_k=40, seed=run.seed)
         return tokenizer.decode(ids[0].tolist())
 
 
