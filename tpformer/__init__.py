@@ -28,6 +28,9 @@ from tpformer.models.gpt import GPTConfig as GPTConfig
 from tpformer.models.llama import Llama as Llama
 from tpformer.models.llama import LlamaConfig as LlamaConfig
 
+# an existing module
+from tpformer.parallel.parallelize import parallelize as parallelize
+
 # random numbers, sharding and communication, open to inspection
 from tpformer.parallel_config import ParallelConfig as ParallelConfig
 from tpformer.placement import Piece as Piece
