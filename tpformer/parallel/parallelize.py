@@ -43,9 +43,7 @@ def parallelize(
     weights; if the check fails. The module is then as it was.
     """
     if mesh.sequence_parallel:
-        raise ValueError(
-            "parallelize needs sequence_parallel=False: what is not in the plan would see parts of sequences"
-        )
+        raise ValueError("sequence_parallel must be False: what is not in the plan would see a part of the sequence")
     choices = read_plan(module, plan, mesh.tp.size)
     _check_same_weights(module, mesh)
     with torch.no_grad():
@@ -84,11 +82,12 @@ def _replace(module: nn.Module, choices: list[Choice], mesh: Mesh) -> Undo:
     entries = _entries(module, choices, mesh, undo)
     made: dict[nn.Parameter, nn.Parameter] = {}  # what was shared is shared
     for choice in choices:
-        if choice.style in ("copy", "partial"):
-            for child in choice.module.modules() if choice.style == "partial" else ():
-                own = child.named_parameters(recurse=False)
-                child.placements = {name: replicated(tuple(p.shape), mesh.tp, partial=True) for name, p in own}
-                undo.append(partial(delattr, child, "placements"))
+        if choice.style == "copy":
+            continue
+        if choice.style == "partial":
+            own = choice.module.named_parameters(recurse=False)
+            choice.module.placements = {name: replicated(tuple(p.shape), mesh.tp, partial=True) for name, p in own}
+            undo.append(partial(delattr, choice.module, "placements"))
             continue
         new = _moved(choice, _new_layer(choice, mesh, entries), mesh, made)
         for name in choice.names:
@@ -167,6 +166,6 @@ def _difference(before: Tensor, module: Model, check: Callable[[Model], Tensor])
     if distance <= tolerance:
         return None
     return ValueError(
-        f"the check differs by {distance:.1e} of its largest number after the split, more than {tolerance:.1e}: a forward "
-        "does something else than to pass a column's features on to its row (or drops some out: call eval() first)"
+        f"the check differs by {distance:.1e} of its largest number after the split, more than {tolerance:.1e}: "
+        "between a column and its row something mixes features, or counts them by an attribute (or drops some out)"
     )

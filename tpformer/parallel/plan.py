@@ -57,7 +57,10 @@ def read_plan(module: nn.Module, plan: Mapping[str, Style], tp: int) -> list[Cho
     problems: Problems = defaultdict(list)
     choices = _choices(module, plan, problems)
     _check_ties(module, choices, problems)
-    fit = [choice for choice in choices if _fits(choice, module, tp, problems)]
+    for choice in choices:
+        for rule in _rules(choice, module, tp):
+            problems[f"{rule} ({choice})"].append(choice.names[0])
+    fit = [choice for choice in choices if type(choice.module) in _TYPES.get(choice.style, ())]
     for group in _groups(fit, problems):
         _check_widths(group, problems)
         _check_between(group, module, choices, problems)
@@ -109,26 +112,23 @@ def _check_ties(module: nn.Module, choices: list[Choice], problems: Problems) ->
             problems[f"is also {also}, so that the styles must be the same, not {_and(found)}"].append(shared[0])
 
 
-def _fits(choice: Choice, module: nn.Module, tp: int, problems: Problems) -> bool:
-    """Whether the layer by itself can be what the plan says."""
-    rules = list(_layer_rules(choice))
-    if not rules and choice.style in _TYPES:
-        rules = list(_size_rules(choice, module.get_submodule(".".join(choice.path[:-1])), tp))
-    for rule in rules:
-        problems[f"{rule} ({choice})"].append(choice.names[0])
-    return not rules
-
-
-def _layer_rules(choice: Choice) -> Iterator[str]:
-    """What the layer's own kind and state break."""
-    module, kinds = choice.module, _TYPES.get(choice.style)
+def _rules(choice: Choice, module: nn.Module, tp: int) -> Iterator[str]:
+    """What the layer breaks by itself."""
+    kinds = _TYPES.get(choice.style)
     if kinds is None:
-        if "placements" in vars(module):
-            yield f"is a {type(module).__name__}, which has placements of its own"
-        return
-    if type(module) not in kinds:  # a subclass may compute something else, or keep something beside
-        yield f"is a {type(module).__name__}, not an {' or '.join(f'nn.{kind.__name__}' for kind in kinds)}"
-        return
+        own = list(choice.module.named_parameters(recurse=False))
+        if not own or "placements" in vars(choice.module):
+            has = "placements" if own else "no parameters"
+            yield f"is a {type(choice.module).__name__}, which has {has} of its own"
+    elif type(choice.module) not in kinds:  # a subclass may compute something else, or keep something beside
+        yield f"is a {type(choice.module).__name__}, not an {' or '.join(f'nn.{kind.__name__}' for kind in kinds)}"
+    else:
+        yield from _state_rules(choice.module)
+        yield from _size_rules(choice, module.get_submodule(".".join(choice.path[:-1])), tp)
+
+
+def _state_rules(module: nn.Module) -> Iterator[str]:
+    """What would be lost, or become wrong, with the layer."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         yield "has hooks, which would see one rank's part: remove them first, and put them on what replaces it"
     for name, parameter in module.named_parameters():
