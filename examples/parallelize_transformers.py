@@ -38,7 +38,7 @@ def main() -> None:
     model = LlamaForCausalLM(config).to(mesh.device)
     tokens = torch.arange(64, device=mesh.device).view(2, 32) * 7 % 1000
     tpformer.parallelize(model, PLAN, mesh, check=lambda llama: llama(tokens).logits)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     for step in range(5):
         with tpformer.trace_communication() as trace:

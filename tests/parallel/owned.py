@@ -45,7 +45,7 @@ CASES = {
             "mlp_bias": True,
             "vocab_size": 257,
             "num_key_value_heads": 8,
-            "pad_token_id": 3,
+            "pad_token_id": int(random_batch(257)[0][0, 0]),  # one that is there
         },
     ),
     "qwen2": Case("Qwen2", WHOLE),
