@@ -256,6 +256,7 @@ assert threads == torch.get_num_threads(), "the number of threads changed"
 assert torch.get_default_dtype() == torch.float32
 assert environment == dict(os.environ), "the environment changed"
 heavy = {"transformers", "matplotlib", "tyro", "tokenizers", "tomli_w", "pytest"}
+heavy |= {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.pipelining"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 ours = {name for name in set(sys.modules) - loaded if name.split(".")[0] == "tpformer"}
 assert not {name for name in ours if name.startswith("tpformer.train")}, "tpformer.train"

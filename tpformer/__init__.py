@@ -33,6 +33,10 @@ from tpformer.models.gpt import GPTConfig as GPTConfig
 from tpformer.models.llama import Llama as Llama
 from tpformer.models.llama import LlamaConfig as LlamaConfig
 
+# an existing module
+from tpformer.parallel.parallelize import parallelize as parallelize
+from tpformer.parallel.plan import Style as Style
+
 # random numbers, sharding and communication, open to inspection
 from tpformer.parallel_config import ParallelConfig as ParallelConfig
 from tpformer.placement import Piece as Piece

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tpformer_kernels.attention_reference import AttentionOptions, seen_keys
 from tpformer_kernels.backend import Backend, use_triton
-from tpformer_kernels.tables import architecture_of
+from tpformer_kernels.tables import architecture_of, constant_in_graph
 
 Choice = Literal["sdpa", "triton", "torch"]
 WIDEST = 256
@@ -95,7 +95,7 @@ def measured_faster(q: Tensor, k: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # it cannot be traced: it reads a file
+@constant_in_graph
 def faster_rows(device: torch.device) -> tuple[tuple[int, ...], ...]:
     """The rows (see Heads) in which ours won; none as long as nothing is measured."""
     speedups = measurements(architecture_of(device))["speedups"]

@@ -66,7 +66,7 @@ def faster_by_kernel(a: Tensor, b: Tensor, epilogue: str, tf32: bool) -> bool:
     return faster(kind, m, b.shape[1], k, a.dtype, a.device, descriptors_fit(a, b), tf32)
 
 
-@torch.compiler.assume_constant_result
+@tables.constant_in_graph
 def faster(
     kind: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, fit: bool = True, tf32: bool = False
 ) -> bool:

@@ -5,14 +5,26 @@ summation. `python -m benchmarks.tune` measures on a device and writes its file.
 """
 
 import json
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 ARCHITECTURES = (80, 90, 100)
 """Compute capabilities with a table of their own; other devices use the next lower one's, but see architecture_of."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graph(function: Function) -> Function:
+    """torch.compiler.assume_constant_result: torch.compile calls it, and does not look into the file that it reads.
+
+    That one imports the whole compiler, a second of every import, and sets TORCHINDUCTOR_CACHE_DIR.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @cache
