@@ -86,6 +86,9 @@ class Mesh:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         device_mesh = _device_mesh(place.type, sizes, shard)
         axes = _axes(device_mesh, shard)
+        for axis in axes.values():  # torch gives new groups a time-out of its own, and the default group may be older
+            if axis.group is not None:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), axis.group)
         atexit.register(_release, weakref.ref(device_mesh))
         return Mesh(
             world=_world(axes),
@@ -97,7 +100,7 @@ class Mesh:
         )
 
     @staticmethod
-    def of(config: ParallelConfig, device: str | None = None) -> "Mesh":
+    def of(config: ParallelConfig, device: str | None = None, *, timeout_seconds: float = 600.0) -> "Mesh":
         """The mesh that a configuration asks for, of the processes that torchrun started.
 
         Raises as `create` does, and where hsdp is to take the replicas of a node which has none whole.
@@ -113,6 +116,7 @@ class Mesh:
             overlap=config.overlap,
             dp_shard=shard,
             device=device,
+            timeout_seconds=timeout_seconds,
         )
 
     def close(self) -> None:
