@@ -24,10 +24,7 @@ def remembered_run() -> Path | None:
 
 
 def _launcher_store() -> dist.Store | None:
-    """The process group's store without its prefixes, one of which is of the attempt; None without a launcher."""
+    """Where torchrun and its workers meet; None without it, as the tests' ranks are."""
     if not (dist.is_initialized() and dist.is_torchelastic_launched()):
         return None
-    store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store
+    return next(dist.rendezvous("env://"))[0]
