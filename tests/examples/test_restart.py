@@ -9,13 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed import Ranks
 from tests.examples.launch import OF_LLAMA, SMALL, Ended, Launch, launch, pretrain, text_files
 from tests.examples.test_killed import lines, losses
+from tpformer.train import restart
 
 FLAGS = [*SMALL, *OF_LLAMA, "--tp", "2", "--data", "text", "--dropout", "0.1", "--eval-interval", "7"]
 FLAGS += ["--checkpoint-interval", "10", "--warmup-steps", "10"]
+
+
+ALONE = [*SMALL, *OF_LLAMA, "--data", "text", "--steps", "2"]
 
 
 def until(condition: Callable[[], bool], started: Launch, seconds: float = 60) -> None:
@@ -73,16 +78,36 @@ def test_a_rank_killed_in_a_step_and_one_killed_while_saving(tmp_path: Path, ran
     assert ended.out.count("resumed at step") == 2
 
 
-def test_a_run_of_somebody_else_is_not_gone_on_with(tmp_path: Path, ranks: Ranks) -> None:
-    """The name is taken: a restart says so again, and does not take the other run for this launch's own."""
+def test_a_run_of_somebody_else_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is taken: workers that are started again say so again. Their own run, and no other, they go on with."""
+    store = dist.HashStore()
+    monkeypatch.setattr(restart, "_launcher_store", lambda: store)
     text_files(tmp_path)
-    flags = [*FLAGS, "--steps", "2", "--name", "theirs"]
-    assert [code for code, *_ in ranks(pretrain, 2, flags, tmp_path)] == [0, 0]
-    before = (tmp_path / "runs" / "theirs" / "metrics.jsonl").read_bytes()
-    ended = launch([*flags, "--steps", "4"], tmp_path, restarts=1).end()
-    assert ended.code != 0
-    assert ended.err.count("holds a run already") == 2
-    assert (tmp_path / "runs" / "theirs" / "metrics.jsonl").read_bytes() == before
+    flags = [*ALONE, "--name"]
+    theirs = tmp_path / "runs" / "theirs"
+    theirs.mkdir(parents=True)
+    (theirs / "config.toml").write_text("")
+    for _ in range(2):
+        code, _, err = pretrain([*flags, "theirs"], tmp_path)
+        assert (code, "holds a run already" in err) == (2, True)
+    assert restart.remembered_run() is None
+    for said in ("writing to", "resumed at step 2"):
+        code, out, err = pretrain([*flags, "ours"], tmp_path)
+        assert (code, said in out) == (0, True), err
+    assert [path.name for path in theirs.iterdir()] == ["config.toml"]
+
+
+def test_a_run_killed_before_its_configuration_was_written_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same name, in the directory that it had made."""
+    store = dist.HashStore()
+    monkeypatch.setattr(restart, "_launcher_store", lambda: store)
+    text_files(tmp_path)
+    (tmp_path / "runs" / "early").mkdir(parents=True)
+    restart.remember_run(Path("runs/early"))
+    code, out, err = pretrain(ALONE, tmp_path)
+    assert (code, "writing to runs/early" in out) == (0, True), err
 
 
 @pytest.mark.slow
