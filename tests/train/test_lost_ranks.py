@@ -1,4 +1,4 @@
-"""A rank that dies or hangs in the middle of a step: every other ends within the time-out and says for what it waited."""
+"""A rank that dies or hangs in a step: every other ends within the time-out and says for what it waited."""
 
 import json
 import re
@@ -70,7 +70,7 @@ CASES = {
         "reduce_scatter",
         "tp",
         "backward",
-        r"reduce_scatter on tp \(2 ranks\), issued at layers/\w+\.py:\d+ in backward",
+        r"(reduce_scatter|all_gather) on tp \(2 ranks\), issued at layers/\w+\.py:\d+ in backward",  # both travel
     ),
     "dp": (DP2, "all_reduce", "dp", "backward", r"all_reduce on dp \(2 ranks\), issued at parallel/data\.py:\d+"),
     "fsdp, forward": (FSDP2, "all_gather", "dp", "forward", r"all_gather on dp \(2 ranks\), issued at models/\w+\.py"),

@@ -16,7 +16,7 @@ from tpformer.placement import Placement
 
 _CHUNK = 1 << 20  # elements: what is widened to int64 at a time
 _GOLDEN = -7046029254386353131  # 2**64 / the golden ratio, odd, as int64 (Knuth, TAOCP 6.4)
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # halves: see `checksum`
 
 
 class ReplicaDriftError(RuntimeError):
@@ -53,10 +53,9 @@ def checksums(tensors: dict[str, Tensor], known: dict[str, Placement]) -> dict[i
 
 
 def checksum(x: Tensor) -> Tensor:
-    """An int64 scalar in which each element's bits count times an odd number of their own, modulo 2**64.
+    """An int64 scalar in which each element's bits, at most 32, count times an odd number of their own, modulo 2**64.
 
-    So no single element can change without it, and equal sums of other bits or of another order are as unlikely as
-    those of any 64-bit hash.
+    So no single element can change without it; nor do changes of two cancel, but by a chance of about 2**-32.
     """
     bits = x.detach().contiguous().view(-1).view(_INTEGERS[x.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=x.device)
