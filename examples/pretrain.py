@@ -20,36 +20,63 @@ from tpformer.collectives import gather_stack, raise_together
 from tpformer.train.config import TrainConfig
 from tpformer.train.corpus import load_corpus
 from tpformer.train.flags import find_run, parse_config, to_toml
+from tpformer.train.lost_ranks import LostRankError, naming_lost_ranks
+from tpformer.train.replicas import ReplicaDriftError
+from tpformer.train.restart import remember_run, remembered_run
+from tpformer.train.stop import Stopped, StopSignal
 from tpformer.train.trainer import Trainer, TrainReport
 
 
 def main(arguments: list[str]) -> int:
-    """Run; the exit code."""
+    """Run; the exit code. 0 as well where SIGTERM or SIGINT ended the run: it has saved itself."""
     # FSDP2 warns of what nothing here does: to change a block's output in place
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     world = Mesh.create()  # all processes as one axis, so that what goes wrong on one is heard of by all
+    try:
+        with naming_lost_ranks(world.world.rank, lambda: "outside of the steps"), StopSignal() as stop:
+            return pretrain(go_on(arguments), world, stop)
+    except LostRankError as error:  # each rank says its own; to leave in order would wait for the one that is lost
+        print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def pretrain(arguments: list[str], world: Mesh, stop: StopSignal) -> int:
+    """Prepare, train, and say what came of it."""
     try:
         config = together(lambda: parse_config(arguments, quiet=world.world.rank > 0), world)
         mesh = together(lambda: make_mesh(config), world)
         corpus = together(lambda: load_corpus(config.data, config.model.vocab_size, progress=chief(world)), world)
         directory = run_directory(config, world)
-        trainer = together(lambda: Trainer(config, mesh, corpus, directory), world)
+        trainer = together(lambda: Trainer(config, mesh, corpus, directory, stop), world)
         together(lambda: begin(trainer), world)
-    except SystemExit as stop:  # help, or flags of which tyro has already said what is wrong
-        return int(stop.code or 0)
+    except SystemExit as end:  # help, or flags of which tyro has already said what is wrong
+        return int(end.code or 0)
     except (ValueError, OSError, ImportError) as error:
         complain(error, world)
         raise_together(None, world.world)  # nobody leaves, and has torchrun end the others, before this is printed
         return 2
     try:
         report = trainer.run()
-    except (FloatingPointError, OSError) as error:  # a loss that is not finite, a full disk: raised on every rank
+    except Stopped as reason:
+        if chief(world):
+            print(reason, flush=True)
+    except (FloatingPointError, ReplicaDriftError, OSError) as error:  # not finite, or a full disk: on every rank
         complain(error, world)
         return 1
-    if chief(world):
-        show(report, directory)
+    else:
+        if chief(world):
+            show(report, directory)
     world.close()
     return 0
+
+
+def go_on(arguments: list[str]) -> list[str]:
+    """The arguments; if torchrun has started this launch's workers again, those of going on with their run."""
+    run = remembered_run()
+    if run is None:
+        return arguments
+    resume = "--resume" if (run / "config.toml").exists() else "--no-resume"
+    return [*arguments, resume, "--runs-dir", str(run.parent), "--name", run.name]
 
 
 def chief(world: Mesh) -> bool:
@@ -76,7 +103,9 @@ def together(action: Any, world: Mesh) -> Any:
 
 def make_mesh(config: TrainConfig[Any]) -> Mesh:
     """The mesh that the flags ask for."""
-    return Mesh.of(config.parallel, None if config.run.device == "auto" else config.run.device)
+    device = None if config.run.device == "auto" else config.run.device
+    # the process group's own time-out is the second one: that of training says more
+    return Mesh.of(config.parallel, device, timeout_seconds=config.run.timeout_seconds + 30)
 
 
 def run_directory(config: TrainConfig[Any], world: Mesh) -> Path:
@@ -101,6 +130,7 @@ def begin(trainer: Trainer) -> None:
     """Record the configuration and say what is about to be trained."""
     if not trainer.chief:
         return
+    remember_run(trainer.directory)  # first: from here on the directory is this launch's
     config, directory, model = trainer.config, trainer.directory, trainer.model
     saved = replace(config, config="", run=replace(config.run, resume=False, name=directory.name))
     temporary = directory / ".config.toml.partial"

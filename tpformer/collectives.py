@@ -23,10 +23,22 @@ InGraph = Literal["in graph"]
 
 
 class Pending:
-    """A tensor that a collective is still filling; `wait()` returns it when it is whole."""
+    """A tensor that a collective is still filling; `wait()` returns it when it is whole.
 
-    def __init__(self, work: dist.Work | InGraph | None, buffer: Tensor, axis_size: int = 1):
+    op, axis: what a rank that waits in vain says that it waited for.
+    """
+
+    def __init__(
+        self,
+        work: dist.Work | InGraph | None,
+        buffer: Tensor,
+        axis_size: int = 1,
+        *,
+        op: str = "",
+        axis: Axis | None = None,
+    ):
         self._work, self._buffer, self._axis_size = work, buffer, axis_size
+        self.op, self.axis = op, axis
 
     def wait(self) -> Tensor:
         """Block until the collective is done (on CUDA: until the current stream has it) and return the tensor."""
@@ -45,7 +57,7 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
         return Pending(None, x)
     if torch.compiler.is_compiling():
         return Pending("in graph", torch.ops._c10d_functional.all_reduce(x, "sum", _group_name(axis)))
-    return Pending(dist.all_reduce(x, group=axis.group, async_op=True), x)
+    return Pending(dist.all_reduce(x, group=axis.group, async_op=True), x, op="all_reduce", axis=axis)
 
 
 def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
@@ -62,7 +74,7 @@ def start_gather_sequence(x: Tensor, axis: Axis) -> Pending:
     if torch.compiler.is_compiling():
         return Pending("in graph", _all_gather_in_graph(x, axis), axis.size)
     buffer = x.new_empty(axis.size, *x.shape)
-    return Pending(_all_gather(buffer, x, axis), buffer, axis.size)
+    return Pending(_all_gather(buffer, x, axis), buffer, axis.size, op="all_gather", axis=axis)
 
 
 def start_scatter_sequence(x: Tensor, axis: Axis) -> Pending:
@@ -74,7 +86,8 @@ def start_scatter_sequence(x: Tensor, axis: Axis) -> Pending:
     mine = torch.empty_like(parts[0])
     # torch 2.13 renamed it
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return Pending(reduce_scatter(mine.view(-1), parts.view(-1), group=axis.group, async_op=True), mine)
+    work = reduce_scatter(mine.view(-1), parts.view(-1), group=axis.group, async_op=True)
+    return Pending(work, mine, op="reduce_scatter", axis=axis)
 
 
 def start_enter(x: Tensor, mesh: Mesh) -> Pending:
@@ -114,7 +127,7 @@ def start_gather_stack(x: Tensor, axis: Axis) -> Pending:
     if torch.compiler.is_compiling():
         return Pending("in graph", _all_gather_in_graph(x, axis))
     stacked = x.new_empty(axis.size, *x.shape)
-    return Pending(_all_gather(stacked, x, axis), stacked)
+    return Pending(_all_gather(stacked, x, axis), stacked, op="all_gather", axis=axis)
 
 
 def _all_gather(out: Tensor, x: Tensor, axis: Axis) -> dist.Work:

@@ -2,6 +2,8 @@
 
 import atexit
 import os
+import time
+import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,9 +85,14 @@ class Mesh:
             return Mesh(device=place, sequence_parallel=sequence_parallel, overlap=overlap)
         if not dist.is_initialized():
             backend = "nccl" if place.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+            timeout = timedelta(seconds=timeout_seconds)
+            store, rank, _ = fresh_store(timeout)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
         device_mesh = _device_mesh(place.type, sizes, shard)
         axes = _axes(device_mesh, shard)
+        for axis in axes.values():  # torch gives new groups a time-out of its own, and the default group may be older
+            if axis.group is not None:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), axis.group)
         atexit.register(_release, weakref.ref(device_mesh))
         return Mesh(
             world=_world(axes),
@@ -97,7 +104,7 @@ class Mesh:
         )
 
     @staticmethod
-    def of(config: ParallelConfig, device: str | None = None) -> "Mesh":
+    def of(config: ParallelConfig, device: str | None = None, *, timeout_seconds: float = 600.0) -> "Mesh":
         """The mesh that a configuration asks for, of the processes that torchrun started.
 
         Raises as `create` does, and where hsdp is to take the replicas of a node which has none whole.
@@ -113,11 +120,42 @@ class Mesh:
             overlap=config.overlap,
             dp_shard=shard,
             device=device,
+            timeout_seconds=timeout_seconds,
         )
 
     def close(self) -> None:
         """Leave the process group, if there is one; a rank calls it at its end, or it happens at exit."""
         _release(lambda: self.device_mesh)
+
+
+def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """A store that nobody has written to, this process's rank, and how many there are.
+
+    torchrun gives workers that it starts again (--max-restarts) the store of those before them, in which ranks may
+    read a dead process's address, and hang (pytorch issue 135712). So rank 0 opens one of its own, and the others
+    look for it: the port of one that is dead takes nobody in.
+    """
+    launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return launchers, rank, world_size
+    host, patience = os.environ["MASTER_ADDR"], timedelta(seconds=2)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        store.set("here", (mark := uuid.uuid4().hex))
+        launchers.set("tpformer_store", f"{store.port} {mark}")
+        return store, rank, world_size
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        port, mark = launchers.get("tpformer_store").decode().split()
+        try:
+            store = dist.TCPStore(host, int(port), timeout=patience, wait_for_workers=False)
+            if store.check(["here"]) and store.get("here").decode() == mark:
+                store.set_timeout(timeout)
+                return store, rank, world_size
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def _device_mesh(device_type: str, sizes: tuple[int, int, int], dp_shard: int) -> DeviceMesh:

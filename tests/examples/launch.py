@@ -77,6 +77,11 @@ class Launch:
         """The processes of this launch that run (zombies do not)."""
         return [pid for pid, environment in _environments() if f"{MARK}={self.mark}".encode() in environment]
 
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank that runs."""
+        mine = (env for env in _environments() if f"{MARK}={self.mark}".encode() in env[1])
+        return {int(each[5:]): pid for pid, environment in mine for each in environment if each.startswith(b"RANK=")}
+
     def kill(self) -> None:
         """SIGKILL to each of its processes, until none is there."""
         while found := self.alive():
@@ -94,9 +99,10 @@ def _environments() -> Iterator[tuple[int, list[bytes]]]:
                 yield int(directory.name), (directory / "environ").read_bytes().split(b"\0")
 
 
-def launch(arguments: list[str], directory: Path, processes: int = 2) -> Launch:
+def launch(arguments: list[str], directory: Path, processes: int = 2, restarts: int = 0) -> Launch:
     """Start examples/pretrain.py under torchrun in a directory."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["--max-restarts", str(restarts)]
     mark = uuid.uuid4().hex
     places = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", MARK: mark}
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

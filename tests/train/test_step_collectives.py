@@ -85,13 +85,13 @@ def expected_reductions(name: str, layout: Layout, numbers: int) -> list[Row]:
     axes = [axis for axis in ("tp", "dp") if getattr(layout, axis) > 1]
     if axes:  # an axis that is the whole world goes by its own name
         axis = axes[0] if len(axes) == 1 else "world"
-        rows.append(("all_reduce", axis, "forward", "train/optimizer.py", 16))
+        rows.append(("all_reduce", axis, "forward", "train/gradient_norm.py", 24))
     return rows
 
 
 def is_reduction(call: Row) -> bool:
     """Is it issued outside the model?"""
-    return call[3] in ("parallel/data.py", "tpformer/placement.py", "train/optimizer.py")
+    return call[3] in ("parallel/data.py", "tpformer/placement.py", "train/gradient_norm.py")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -73,6 +73,10 @@ class RunConfig:
     """Record when each pipeline stage worked and idled in one step: a table, and timeline.png."""
     memory_snapshot: bool = False
     """Write torch's record of a step's allocations, on CUDA, for pytorch.org/memory_viz."""
+    timeout_seconds: float = 600.0
+    """A rank for which no step (evaluation batch, checkpoint) ends in this time says what it waits for, and ends."""
+    check_replicas: int = 0
+    """Steps between comparisons of all copies of weights and moments, bit for bit, by checksums; 0 never compares."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: GPUs where there are any."""
 
@@ -80,10 +84,12 @@ class RunConfig:
         for name in ("steps", "batch_size", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        counts = ("micro_batch_size", "seed", "eval_interval", "eval_samples", "checkpoint_interval")
+        counts = ("micro_batch_size", "seed", "eval_interval", "eval_samples", "checkpoint_interval", "check_replicas")
         for name in (*counts, "keep_checkpoints", "keep_every", "sample_tokens", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds ({self.timeout_seconds}) must be above 0")
         for name, number, which in (("memory_snapshot", 2, "second"), ("timeline", 3, "third")):
             if getattr(self, name) and self.steps < number:
                 raise ValueError(f"{name} is of a run's {which} step: steps ({self.steps}) must be at least {number}")

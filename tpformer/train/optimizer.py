@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from tpformer.collectives import all_reduce_
 from tpformer.mesh import Mesh
-from tpformer.placement import Placement, local_part, placements
+from tpformer.placement import local_part, placements
+from tpformer.train.gradient_norm import gradient_norm
+from tpformer.train.nonfinite import first_not_finite
 from tpformer.train.optimizer_offload import HostState, Piece
 from tpformer.train.precision import LossScaler
 
@@ -43,6 +44,10 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is nan or inf: stop, or skip that step. fp16 skips, by its loss scale, in any case."""
+    max_skipped: int = 10
+    """How many steps in a row may be skipped; one more stops the run."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -55,6 +60,8 @@ class OptimizerConfig:
             "eps": self.eps > 0,
             "weight_decay": self.weight_decay >= 0,
             "clip_norm": self.clip_norm >= 0,
+            "on_nonfinite": self.on_nonfinite in ("stop", "skip"),
+            "max_skipped": self.max_skipped >= 0,
         }
         for name, fine in ranges.items():
             if not fine:
@@ -76,34 +83,6 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     if c.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return c.lr * (1 - (1 - c.min_lr_ratio) * progress)
-
-
-def gradient_norm(
-    gradients: dict[str, Tensor], known: dict[str, Placement], mesh: Mesh, loss: Tensor
-) -> tuple[float, float]:
-    """The L2 norm of the whole model's gradient, and the mean over the replicas of `loss`: one all-reduce.
-
-    Every element counts once: copies on one tp rank only, replicas on one dp rank, tied weights on one
-    stage. But one that is not finite, on whichever rank, makes the norm so on every rank.
-    """
-    counted: list[Tensor] = []
-    others: list[Tensor] = []
-    for name in gradients:
-        for piece, _, ours in known[name].slices():
-            (counted if piece.copy == 0 and known[name].counts else others).append(gradients[name][ours])
-    sums = torch.zeros(2, dtype=torch.float64, device=loss.device)
-    if counted:
-        sums[0] = _squares(counted)
-    if others:
-        sums[0] += 0 * _squares(others)  # nothing, or nan
-    sums[1] = loss.detach().double() / (mesh.dp.size * mesh.tp.size)
-    squares, mean_loss = all_reduce_(sums, mesh.world).tolist()
-    return math.sqrt(squares), mean_loss
-
-
-def _squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of all their squares, fp64."""
-    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).square().sum()
 
 
 class Part(NamedTuple):
@@ -145,6 +124,16 @@ def adamw_(parts: list[Part], steps: int, lr: float, config: OptimizerConfig) ->
         )
 
 
+class Outcome(NamedTuple):
+    """Of a step, the same on every rank: the norm before clipping, the mean loss, whether to stop after it."""
+
+    norm: float
+    loss: float
+    stop: bool = False
+    problem: str = ""
+    """Why the step was skipped; of fp16 the loss scale tells."""
+
+
 Row = tuple[str, slice | None, Tensor, Tensor, Tensor]
 """A parameter's name, which of its numbers (None: all), and these of its weight, exp_avg and exp_avg_sq."""
 
@@ -169,6 +158,7 @@ class Optimizer:
         self.config, self.mesh = config, mesh
         self.placements = placements(model, mesh)
         self.steps = 0
+        self.skipped = self._skipped_in_a_row = 0  # by on_nonfinite "skip"; the scaler counts its own
         self.scaler = LossScaler() if dtype == torch.float16 else None
         masters: dict[str, Tensor] = {}
         # what FSDP shares out are fp32 masters already: it rounds them to dtype when it gathers them
@@ -188,30 +178,42 @@ class Optimizer:
         """What the gradients of this step are multiples of; 1 but for fp16."""
         return 1.0 if self.scaler is None else self.scaler.scale
 
-    def step(self, gradients: dict[str, Tensor], lr: float, loss: Tensor) -> tuple[float, float]:
+    def step(self, gradients: dict[str, Tensor], lr: float, loss: Tensor, *, stop: bool = False) -> Outcome:
         """Unscale and clip the gradients, in place, and update the weights; collective.
 
-        loss: this replica's, not scaled. Returns the norm before clipping and the mean loss. If either is not finite,
-        on every rank the same: with a scaler, which then falls, weights and moments stay as they are. Without one, or
-        if it cannot fall, raises FloatingPointError before any weight changes.
+        loss: this replica's, not scaled. stop: this rank asks all to stop after the step. If norm or loss is not
+        finite, on every rank the same: with a scaler, which then falls, or on_nonfinite "skip", weights and moments
+        stay as they are. Otherwise, or if that cannot go on, raises FloatingPointError before any weight changes.
         """
         scale = self.loss_scale
-        norm, mean_loss = gradient_norm(gradients, self.placements, self.mesh, loss)
+        norm, mean_loss, stop = gradient_norm(gradients, self.placements, self.mesh, loss, stop)
         norm /= scale
         finite = math.isfinite(norm + mean_loss)
         if self.scaler is not None:
             self.scaler.update(finite)
-        elif not finite:
-            raise FloatingPointError(f"gradient norm {norm} or loss {mean_loss} is not finite at step {self.steps}")
         if not finite:
-            return norm, mean_loss
-        clip = self.config.clip_norm
-        factor = (clip / norm if clip and norm > clip else 1.0) / scale
+            problem = "" if self.scaler else self._problem(gradients, loss, norm, mean_loss)
+            return Outcome(norm, mean_loss, stop, problem)
+        factor = (self.config.clip_norm / norm if 0 < self.config.clip_norm < norm else 1.0) / scale
         if factor != 1:
             torch._foreach_mul_(list(gradients.values()), factor)
         self._update(gradients, lr)
         self.steps += 1
-        return norm, mean_loss
+        self._skipped_in_a_row = 0
+        return Outcome(norm, mean_loss, stop)
+
+    def _problem(self, gradients: dict[str, Tensor], loss: Tensor, norm: float, mean_loss: float) -> str:
+        """What is not finite, if the step may be skipped for it; otherwise it is raised; collective."""
+        found = first_not_finite(gradients, list(self.placements), loss, self.mesh)
+        step = self.steps + self.skipped + 1
+        problem = f"gradient norm {norm} or loss {mean_loss} is not finite at step {step}: {found}"
+        if self.config.on_nonfinite == "stop":
+            raise FloatingPointError(problem)
+        if self._skipped_in_a_row == self.config.max_skipped:
+            raise FloatingPointError(f"{problem}; max_skipped ({self.config.max_skipped}) steps before it were skipped")
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        return problem
 
     def state(self) -> dict[str, Tensor]:
         """Everything to save, as parts to be placed like the parameter in the name: weight/, exp_avg/, exp_avg_sq/."""

@@ -28,6 +28,8 @@ class StepOptions:
     """Weight of the squared log-normaliser in the loss."""
     timeline: Timeline | None = None
     """Where to record what was done when."""
+    stop: bool = False
+    """This rank was asked to stop: all are to hear of it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ class StepReport:
     loss_scale: float = 1.0
     """Of this step's backward; neither number above is a multiple of it."""
     skipped: bool = False
-    """A number was not finite: no weight changed, and the next step's scale is smaller."""
+    """A number was not finite: no weight changed and, for fp16, the next step's scale is smaller."""
+    problem: str = ""
+    """Which number, but for fp16."""
+    stop: bool = False
+    """Some rank was asked to stop; the same on every rank."""
 
 
 def train_step(
@@ -76,5 +82,5 @@ def train_step(
         found = gradients.finish()
         if isinstance(model, Pipeline):
             model.sum_tied(found)
-        norm, mean_loss = optimizer.step(found, options.lr, total)
-    return StepReport(mean_loss, norm, loss_scale, skipped=optimizer.steps == steps)
+        norm, mean_loss, stop, problem = optimizer.step(found, options.lr, total, stop=options.stop)
+    return StepReport(mean_loss, norm, loss_scale, optimizer.steps == steps, problem, stop)

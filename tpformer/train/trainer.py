@@ -1,6 +1,7 @@
 """The training loop: build, resume, step, evaluate, save, report."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tpformer.collectives import all_reduce_
 from tpformer.data import TokenSampler, unigram_entropy
 from tpformer.mesh import Mesh, divide
 from tpformer.models.generate import generate
+from tpformer.placement import local_part
 from tpformer.random import Key
 from tpformer.trace import Trace
 from tpformer.train.build import build
@@ -25,9 +27,12 @@ from tpformer.train.config import TrainConfig
 from tpformer.train.corpus import Corpus
 from tpformer.train.first_steps import FirstSteps
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
+from tpformer.train.lost_ranks import Watchdog, naming_lost_ranks
 from tpformer.train.optimizer import learning_rate
+from tpformer.train.replicas import ReplicaDriftError, check_replicas
 from tpformer.train.state import begin_with, check_meta, documents, meta_of, parts_of
 from tpformer.train.step import StepOptions, StepReport
+from tpformer.train.stop import Stopped, StopSignal
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,14 @@ class TrainReport:
 class Trainer:
     """One run, at any layout: `Trainer(config, mesh, corpus, directory).run()`; every rank makes the same calls.
 
+    stop: a signal that ends the run after a step.
     Raises ValueError for a config that does not fit the mesh, the data or the checkpoint.
     """
 
-    def __init__(self, config: TrainConfig[Any], mesh: Mesh, corpus: Corpus, directory: Path):
+    def __init__(
+        self, config: TrainConfig[Any], mesh: Mesh, corpus: Corpus, directory: Path, stop: StopSignal | None = None
+    ):
+        self.stop = stop or StopSignal()
         self.config, self.mesh, self.corpus, self.directory = config, mesh, corpus, directory
         run, data = config.run, config.data
         self.replica_batch = divide(run.batch_size, mesh.dp.size, "batch_size", "dp")
@@ -69,32 +78,51 @@ class Trainer:
             background=run.async_checkpoint,
         )
         self.step = self._resume() if run.resume else self._begin()
+        self.optimizer.skipped = self.step - self.optimizer.steps
+        self.watchdog = Watchdog(run.timeout_seconds, mesh.world.rank, self._when)
         self.chief = mesh.world.rank == 0
         self.metrics = MetricsFile(directory / "metrics.jsonl", self.step) if self.chief else None
 
     def run(self) -> TrainReport:
-        """Train to the configured number of steps and report."""
-        try:
-            self._train()
-        finally:  # also after an error: what is being written becomes a checkpoint
-            self._log_saved(self.checkpoints.wait())
-        return self._finish()
+        """Train to the configured number of steps and report.
 
-    def _train(self) -> None:
-        """All steps that are left."""
+        Raises Stopped after a signal, FloatingPointError for a number that is not finite, ReplicaDriftError,
+        LostRankError, and OSError for a checkpoint that cannot be written.
+        """
         run = self.config.run
-        with tqdm(total=run.steps, initial=self.step, unit="step", disable=not self.chief, dynamic_ncols=True) as bar:
-            started, first = time.perf_counter(), self.step
-            while self.step < run.steps:
-                report = self._train_step()
-                rate = (self.step - first) * self._tokens_per_step() / (time.perf_counter() - started)
-                self._show(bar, report, rate)
-                if self.step % run.log_interval == 0 or self.step == run.steps:
-                    self._log(**self._numbers(report), tokens_per_second=round(rate))
-                if _due(self.step, run.eval_interval) and self.step < run.steps:
-                    self._log(validation_loss=self.evaluate())
-                if _due(self.step, run.checkpoint_interval) or self.step == run.steps:
-                    self.save()
+        with naming_lost_ranks(self.mesh.world.rank, self._when):
+            with (
+                tqdm(
+                    total=run.steps, initial=self.step, unit="step", disable=not self.chief, dynamic_ncols=True
+                ) as bar,
+                self.watchdog,
+            ):
+                try:
+                    self._train(bar)
+                except (Stopped, FloatingPointError, ReplicaDriftError):  # on every rank
+                    self._log_saved(self.checkpoints.wait())
+                    raise
+                self._log_saved(self.checkpoints.wait())
+            return self._finish()
+
+    def _train(self, bar: Any) -> None:
+        run = self.config.run
+        started, first = time.perf_counter(), self.step
+        while self.step < run.steps:
+            report = self._train_step()
+            rate = (self.step - first) * self._tokens_per_step() / (time.perf_counter() - started)
+            self._show(bar, report, rate)
+            if self.step % run.log_interval == 0 or self.step == run.steps or report.problem:
+                self._log(**self._numbers(report), tokens_per_second=round(rate))
+            if _due(self.step, run.check_replicas):
+                check_replicas(self._copies(), self.optimizer.placements, self.mesh, self.step)
+            if _due(self.step, run.eval_interval) and self.step < run.steps:
+                self._log(validation_loss=self.evaluate())
+            if _due(self.step, run.checkpoint_interval) or self.step == run.steps or report.stop:
+                self.save()
+            self.watchdog.beat()
+            if report.stop and self.step < run.steps:
+                raise Stopped(f"stopped by a signal after step {self.step}, which is saved: go on with --resume")
 
     def evaluate(self) -> float:
         """Mean loss over the first eval_samples held-out samples, in nats per token; collective."""
@@ -105,6 +133,7 @@ class Trainer:
                 loss = self.runner.loss(samples[:, :-1], samples[:, 1:])
                 if counted:
                     total += loss.double() * len(samples)
+                self.watchdog.beat()
         return all_reduce_(total, self.mesh.dp).item() / count
 
     def save(self) -> None:
@@ -122,6 +151,7 @@ class Trainer:
             lr=learning_rate(self.step, run.steps, self.config.optimizer),
             key=Key(run.seed).fold("dropout", self.step),
             z_loss=run.z_loss,
+            stop=self.stop.asked,
         )
         report = self.steps.step(samples, options)
         self.step += 1
@@ -158,11 +188,23 @@ class Trainer:
             self.optimizer.scaler.load_state(meta["loss_scaler"])
         return meta["step"]
 
+    def _copies(self) -> dict[str, Tensor]:
+        """What training goes on from: the optimizer's state, and what the model computes with, if rounded."""
+        state = self.optimizer.state()
+        computed = {name: local_part(p.detach()) for name, p in self.model.named_parameters()}
+        own = {n: x for n, x in computed.items() if x.data_ptr() != state[f"weight/{n}"].data_ptr()}
+        return state | {f"computed/{name}": x for name, x in own.items()}
+
+    def _when(self) -> str:
+        return f"in step {self.step + 1}"
+
     def _tokens_per_step(self) -> int:
         return self.config.run.batch_size * self.config.data.seq_len
 
     def _show(self, bar: Any, report: StepReport, rate: float) -> None:
         bar.update(1)
+        if report.problem and self.chief:
+            bar.write(f"skipped: {report.problem}", file=sys.stderr)
         shown = {"loss": f"{report.loss:.3f}", "tok/s": f"{rate:,.0f}"}
         peak = peak_flops(self.mesh.device)
         if peak:
@@ -175,6 +217,8 @@ class Trainer:
         found = {"loss": report.loss, "grad_norm": report.grad_norm}
         if self.optimizer.scaler is not None:
             found |= {"loss_scale": report.loss_scale, "skipped_steps": self.optimizer.scaler.skipped}
+        elif self.optimizer.skipped:
+            found["skipped_steps"] = self.optimizer.skipped
         return {name: number for name, number in found.items() if math.isfinite(number)}
 
     def _log(self, **record: Any) -> None:
