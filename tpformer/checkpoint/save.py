@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from tpformer.checkpoint.chunks import Part, chunks
-from tpformer.checkpoint.export import write_weights
 from tpformer.checkpoint.huggingface import config_json, family_of
 from tpformer.collectives import together
 from tpformer.models.gpt import GPT
@@ -47,6 +46,8 @@ def save_pretrained(
     Raises ValueError, on every rank, for a model that no family of Hugging Face has, or a directory that is in the
     way; OSError for a disk that is full.
     """
+    from tpformer.checkpoint.export import write_weights  # which imports much of torch.distributed
+
     mesh = mesh_of(model)
     parts, documents = together(lambda: _prepare(model, dtype, None if like is None else Path(like)), mesh.world)
     write_weights(chunks(parts), Path(directory), documents, mesh.world, overwrite=overwrite)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from tpformer.mesh import Mesh
-from tpformer.placement import local_part, placements
+from tpformer.placement import Placement, local_part, placements
 from tpformer.train.gradient_norm import gradient_norm
 from tpformer.train.nonfinite import first_not_finite
 from tpformer.train.optimizer_offload import HostState, Piece
