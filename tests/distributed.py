@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tests.interpreter import quick
 
 WORKERS = 4
+PRELOADED = ["examples.pretrain", "tests.proofs.cases"]  # with them comes what jobs import, once for all workers
 JOBS = 150  # of a worker's life: gloo leaves some threads of each process group behind, and they cost time
 
 
@@ -34,6 +35,9 @@ class Ranks:
         # over a socket: with a store in a file each process group waits for its polling
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._jobs = 0
+        # a fork of a process that has imported torch is there at once; but CUDA does not survive a fork
+        self._context: Any = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        mp.get_context("forkserver").set_forkserver_preload([__name__, *PRELOADED])
 
     def __call__(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
         if self._jobs % JOBS == 0:
@@ -55,8 +59,8 @@ class Ranks:
 
     def _start(self, count: int) -> None:
         while len(self._workers) < count:
-            ours, theirs = mp.get_context("spawn").Pipe()
-            process = mp.get_context("spawn").Process(target=_work, args=(theirs, self._store.port), daemon=True)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs, self._store.port), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
