@@ -109,7 +109,7 @@ def costs(layout: Layout, config: Any) -> tuple[Any, ...]:
     cache, counts = KVCache(LENGTH, mask), []
     memory = set()
     with torch.no_grad(), _whole_sequences(model):
-    XX
+        for part in tokens[:, : PROMPT + 2].split([PROMPT, 1, 1], dim=1):
             cache.advance(part.shape[1])
             with trace_communication() as trace:
                 model.next_logits(part, cache)
