@@ -53,13 +53,15 @@ def test_it_is_the_product(m: int, n: int, k: int, with_residual: bool, with_bia
     ("a", "b"),
     [
         (noise(5, 24), noise(40, 24).t()),
+        (noise(0, 24), noise(40, 24).t()),
+        (noise(2, 24), noise(0, 24).t()),
         (noise(4, 40), noise(24, 40).t()),
         (noise(1, 24), noise(24, 40)),
         (noise(1, 24), noise(80, 24)[::2].t()),
         (noise(1, 24, dtype=torch.float64), noise(40, 24, dtype=torch.float64).t()),
         (noise(1, 24, dtype=torch.bfloat16), noise(40, 24, dtype=torch.bfloat16).t()),
     ],
-    ids=["rows", "wide", "weight as it lies", "gaps", "fp64", "bf16"],
+    ids=["rows", "none", "no columns", "wide", "weight as it lies", "gaps", "fp64", "bf16"],
 )
 def test_others_are_as_they_were(a: Tensor, b: Tensor, turned: list[int]) -> None:
     assert torch.equal(matmul(a, b), a @ b)
