@@ -28,10 +28,12 @@ from tpformer.mesh import Axis as Axis
 from tpformer.mesh import Mesh as Mesh
 
 # models
+from tpformer.models.generate import generate as generate
 from tpformer.models.gpt import GPT as GPT
 from tpformer.models.gpt import GPTConfig as GPTConfig
 from tpformer.models.llama import Llama as Llama
 from tpformer.models.llama import LlamaConfig as LlamaConfig
+from tpformer.models.sampling import SamplingOptions as SamplingOptions
 
 # an existing module
 from tpformer.parallel.parallelize import parallelize as parallelize

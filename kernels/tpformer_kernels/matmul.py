@@ -78,7 +78,7 @@ def fuses_activation(x: Tensor, rows: int, weight: Tensor, gated: bool, backend:
 
 def _turns(a: Tensor, b: Tensor) -> bool:
     """Whether to multiply as _turned does: few rows, of fp32, on a processor on which MKL is slow with them."""
-    few = len(a) <= 2 or (len(a) <= 4 and b.shape[0] <= b.shape[1])
+    few = 1 <= len(a) <= (4 if b.shape[0] <= b.shape[1] else 2)
     if not few or a.device.type != "cpu" or not a.dtype == b.dtype == torch.float32:
         return False
     return b.numel() > 0 and b.t().is_contiguous() and not torch.compiler.is_compiling() and onednn_is_possible()

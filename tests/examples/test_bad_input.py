@@ -58,7 +58,6 @@ WRONG: dict[str, tuple[str, str]] = {
     "width of a head": ("--head-dim 7", r"head_dim \(7\) must be even"),
     "ffn by tp": ("--ffn-hidden-size 33", r"ffn_hidden_size \(33\) must be divisible by tp \(2\)"),
     "sequence by tp": ("--seq-len 17 --sequence-parallel", r"seq_len \(17\) must be divisible by tp \(2\)"),
-    "positions by tp": ("--max-seq-len 17 --sequence-parallel", r"max_seq_len \(17\) must be divisible by tp \(2\)"),
     "sequence by positions": ("--max-seq-len 8", r"seq_len \(16\) must be at most max_seq_len \(8\)"),
     "batch by dp": ("--tp 1 --batch-size 3", r"batch_size \(3\) must be divisible by dp \(2\)"),
     "an activation": ("--activation relu", r"activation \('relu'\) must be one of silu, gelu, gelu_tanh"),

@@ -102,6 +102,16 @@ def test_intervals_are_kept_and_the_last_step_is_always_there(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_{i:08d}" for i in saved]
 
 
+@pytest.mark.parametrize("prompt", ["ab", "a" * 15, "b" * 40])
+def test_the_sample_takes_what_the_model_leaves(prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 tokens at a time; of a longer prompt the model sees the end, and one token follows."""
+    trainer = Trainer(config(sample_tokens=100, prompt=prompt), Mesh(), corpus(), tmp_path)
+    monkeypatch.setattr(trainer.corpus.tokenizer, "decode", list)
+    shown: Any = trainer._sample()
+    assert bytes(shown[: len(prompt)]).decode() == prompt
+    assert len(shown) == max(16, len(prompt) + 1)
+
+
 def test_more_held_out_samples_than_there_are_is_all_of_them(tmp_path: Path) -> None:
     settings = config(sample_tokens=0, steps=1, eval_samples=10**6)
     trainer = Trainer(settings, Mesh(), corpus(), tmp_path)

@@ -118,20 +118,14 @@ class AttentionCore(nn.Module):
         and it sees all of them that are no padding.
         """
         if q.shape[2] < k.shape[2]:
-            return _attend_from_last(q, k, v, seen)
+            mask = None if seen is None else seen[:, None, None]
+            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         c = self.config
         options = AttentionOptions(causal=c.causal, window=c.sliding_window)
         if key is not None and c.dropout:
             place = (key.seed, key.sample, self.mesh.tp.rank * self.local_heads)
             options = replace(options, dropout=c.dropout, place=place)
         return attention(q, k, v, options, key_mask=seen, backend=c.backend)
-
-
-def _attend_from_last(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """One query a row: the heads that share a KV head are queries of that one, so that no key is copied for them."""
-    grouped = q.reshape(*k.shape[:2], -1, q.shape[3])  # (b, kv_heads/tp, group, head_dim)
-    mask = None if seen is None else seen[:, None, None]
-    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
 
 def qkv_rows(config: AttentionConfig, tp: Axis) -> Placement:

@@ -54,28 +54,37 @@ def generate(
     sampling = replace(sampling, **options)
     mask = _checked_mask(tokens, attention_mask)
     _check(model.config, tokens, mask, max_new_tokens, sampling)
+    columns = [tokens]
+    quiet = not progress or model.mesh.world.rank != 0
+    new = _new_columns(model, tokens, mask, max_new_tokens, sampling)
+    with _whole_sequences(model):
+        for column in tqdm(new, total=max_new_tokens, unit="token", disable=quiet):
+            columns.append(column.unsqueeze(1))
+            if stream is not None:
+                stream(column)
+    return torch.cat(columns, dim=1)
+
+
+def _new_columns(
+    model: Decoder, tokens: Tensor, mask: Tensor | None, max_new_tokens: int, sampling: SamplingOptions
+) -> Iterator[Tensor]:
+    """The next token of each row, int64 (b), and the next, until all rows have ended."""
     cache = KVCache(tokens.shape[1] + max_new_tokens, mask)
     sampler = Sampler(sampling, tokens, mask, model.config.vocab_size)
     ends = torch.tensor(sampling.stop_tokens, dtype=torch.int64, device=tokens.device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    columns = [tokens]
-    # what is masked may be any number
-    unseen = tokens if mask is None else tokens.masked_fill(~mask, 0)
-    quiet = not progress or model.mesh.world.rank != 0
-    with _whole_sequences(model), tqdm(total=max_new_tokens, unit="token", disable=quiet) as bar:
-        while len(columns) <= max_new_tokens:
-            cache.advance(unseen.shape[1])
-            chosen = sampler.choose(model.next_logits(unseen, cache))
-            columns.append(chosen.masked_fill(ended, sampling.padding).unsqueeze(1) if len(ends) else chosen[:, None])
-            bar.update(1)
-            if stream is not None:
-                stream(columns[-1][:, 0])
-            if len(ends):
-                ended |= torch.isin(chosen, ends)
-                if ended.all():
-                    break
-            unseen = chosen.unsqueeze(1)
-    return torch.cat(columns, dim=1)
+    unseen = tokens if mask is None else tokens.masked_fill(~mask, 0)  # what is masked may be any number
+    for _ in range(max_new_tokens):
+        cache.advance(unseen.shape[1])
+        chosen = sampler.choose(model.next_logits(unseen, cache))
+        unseen = chosen.unsqueeze(1)
+        if not len(ends):
+            yield chosen
+            continue
+        yield chosen.masked_fill(ended, sampling.padding)
+        ended |= torch.isin(chosen, ends)
+        if ended.all():
+            return
 
 
 @contextmanager

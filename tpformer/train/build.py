@@ -74,7 +74,6 @@ def model_config(config: TrainConfig[Any], mesh: Mesh, vocab_size: int) -> Any:
         raise ValueError(f"seq_len ({seq_len}) must be at most max_seq_len ({model.max_seq_len})")
     if mesh.sequence_parallel:
         divide(seq_len, mesh.tp.size, "seq_len")
-        divide(model.max_seq_len, mesh.tp.size, "max_seq_len")  # of which the sample at the end takes all it can
     return model
 
 

@@ -57,7 +57,7 @@ class RunConfig:
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_tokens: int = 200
-    """Length of the sample that is generated at the end, in tokens."""
+    """Length of the sample that is generated at the end, in tokens; less where max_seq_len leaves less."""
     prompt: str = "def "
     """What the sample begins with."""
     runs_dir: str = "runs"

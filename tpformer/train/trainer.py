@@ -249,12 +249,12 @@ class Trainer:
         run, tokenizer = self.config.run, self.corpus.tokenizer
         if tokenizer is None or not run.sample_tokens or not run.prompt:
             return ""
-        tokens = torch.tensor([tokenizer.encode(run.prompt).tolist()], device=self.mesh.device)
-        limit = self.model.config.max_seq_len
-        tokens = tokens[:, -max(1, limit - 1) :]  # of a prompt that fills the model one token is left to sample
-        new = min(run.sample_tokens, limit - tokens.shape[1])
+        prompt, limit = tokenizer.encode(run.prompt).tolist(), self.model.config.max_seq_len
+        seen = prompt[-max(1, limit - 1) :]  # the end of a prompt that would fill the model
+        tokens = torch.tensor([seen], device=self.mesh.device)
+        new = min(run.sample_tokens, limit - len(seen))
         ids = generate(self.runner, tokens, max_new_tokens=new, temperature=0.8, top_k=40, seed=run.seed)
-        return tokenizer.decode(ids[0].tolist())
+        return tokenizer.decode(prompt + ids[0, len(seen) :].tolist())
 
 
 def _due(step: int, interval: int) -> bool:
