@@ -36,9 +36,9 @@ from tpformer.train.state import documents, parts_of
 class Options:
     """Measure the stall of a save beside a synchronous write of the same bytes."""
 
-    hidden: int = 512
+    hidden: int = 1024
     """Width of the model."""
-    layers: int = 8
+    layers: int = 2
     """Number of decoder layers."""
     vocab: int = 4096
     """Vocabulary size; embedding and head are not tied."""
