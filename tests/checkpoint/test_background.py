@@ -97,7 +97,7 @@ def collectives_meanwhile(directory: Path) -> tuple[list[str], int, float]:
     checkpoints.wait()
     time.sleep(0.05)
     left = sum(thread.name.startswith("checkpoint") for thread in threading.enumerate())
-    return sorted({call.op for call in trace.calls}), left, x[0].item()
+    return sorted(call.op for call in trace.calls), left, x[0].item()
 
 
 def test_it_has_a_group_of_its_own(tmp_path: Path, ranks: Ranks) -> None:
