@@ -2,8 +2,11 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ def export(layout: Layout, directory: Path, dtype: torch.dtype | None = None, **
     mesh = layout.mesh()
     found = [replace(part, dtype=dtype) for part in parts("gpt-untied", mesh, 1) if not part.folder]
     try:
-        write_parts(found, directory, {"config.json": {"model_type": "gpt2"}}, mesh.world, **options)  # type: ignore[arg-type]
+        write_parts(found, directory, {"config.json": {"model_type": "gpt2"}}, mesh.world, **options)
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
@@ -50,10 +53,15 @@ def test_a_cast_is_torch_s(tmp_path: Path, ranks: Ranks) -> None:
 
 def test_one_box_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is made when the one before it was written."""
-    order = []
-    numbers, pwrite = Chunk.numbers, os.pwrite
-    monkeypatch.setattr(Chunk, "numbers", lambda self: (order.append("make"), numbers(self))[1])
-    monkeypatch.setattr(os, "pwrite", lambda *a: (order.append("write"), pwrite(*a))[1])
+    order: list[str] = []
+
+    def spy(what: str, real: Callable[..., Any], *arguments: Any) -> Any:
+        order.append(what)
+        return real(*arguments)
+
+    numbers = Chunk.numbers
+    monkeypatch.setattr(Chunk, "numbers", lambda chunk: spy("make", numbers, chunk))
+    monkeypatch.setattr(os, "pwrite", partial(spy, "write", os.pwrite))
     found = [part for part in parts("gpt-untied", Mesh(), 1) if not part.folder]
     write_parts(found, tmp_path / "model", {}, Axis("world"))
     made = [i for i, what in enumerate(order) if what == "make"]

@@ -11,7 +11,7 @@ from tests.checkpoint.cases import parts, save_tiny
 from tests.checkpoint.directories import save_case
 from tpformer import Mesh
 from tpformer.__main__ import main
-from tpformer.checkpoint.chunks import chunks
+from tpformer.checkpoint.chunks import Part, chunks
 from tpformer.checkpoint.inspect import size
 from tpformer.checkpoint.store import META, save_checkpoint
 
@@ -46,7 +46,7 @@ def test_it_says_who_wrote_it_and_what_it_holds(checkpoint: Path, capsys: pytest
     assert max(map(len, lines[1:])) < 100
 
 
-def whole_weights() -> list:  # type: ignore[type-arg]
+def whole_weights() -> list[Part]:
     """The parts of the weights, but for the scalar."""
     return [p for p in parts("llama-kv1-tied", Mesh(), 1) if not p.folder and p.placement.shape]
 

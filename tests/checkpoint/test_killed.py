@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,17 @@ def killed_before_change(number: int, directory: Path, action: Callable[[], None
             if next(changes) == number:
                 os._exit(77)
 
+        def changed(real: Callable[..., Any], *arguments: Any) -> Any:
+            change()
+            return real(*arguments)
+
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
             if event in CHANGES or (event == "open" and str(arguments[0]).startswith(str(directory))):
                 change()
 
         for name in ("pwrite", "fsync"):
             real = getattr(os, name)
-            setattr(os, name, lambda *a, real=real: (change(), real(*a))[1])
+            setattr(os, name, partial(changed, real))
         sys.addaudithook(audit)
         action()
 

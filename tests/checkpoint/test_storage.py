@@ -137,10 +137,10 @@ def test_a_process_alone_checks_that_tensors_are_whole(tmp_path: Path) -> None:
 
 def test_staged_numbers_are_those_of_the_moment_and_memory_is_used_again() -> None:
     part, staging = tiny(1), Staging()
-    (first,) = staging.copy(chunks([part]))
+    (first,) = staging.copy([part])
     part.local.fill_(2)
     assert first.numbers().unique().tolist() == [1.0]
-    (second,) = staging.copy(chunks([part]))
+    (second,) = staging.copy([part])
     assert second.numbers().unique().tolist() == [2.0]
     assert first.numbers().data_ptr() == second.numbers().data_ptr()
 

@@ -116,3 +116,26 @@ def test_an_error_in_the_background_is_the_next_save_s_and_only_its(tmp_path: Pa
     assert first == second
     assert [bool(error) for error in first] == [False, True, False, False]
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def with_a_death(directory: Path) -> None:
+    """On a rank of two, of which one dies in the middle of the writing: the other notes what its wait raises."""
+    mesh = Layout(2).mesh()
+    checkpoints = Checkpoints(directory / "checkpoints", mesh)
+    checkpoints.save(1, parts(MODEL, mesh, 1), {META: {"note": "step 1"}})
+    checkpoints.wait()
+    if mesh.world.rank == 1:
+        os.pwrite = lambda *_: os._exit(9)  # type: ignore[assignment]
+    checkpoints.save(2, parts(MODEL, mesh, 2), {})
+    try:
+        checkpoints.wait()
+    except RuntimeError as error:
+        (directory / "said").write_text(str(error))
+
+
+def test_the_death_of_a_writer_ends_the_others_and_the_former_one_stays(tmp_path: Path, ranks: Ranks) -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1: the process died with exit code 9"):
+        ranks(with_a_death, 2, tmp_path)
+    assert "peer" in (tmp_path / "said").read_text()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert ranks(load, 1, Layout(1), [tmp_path / "checkpoints" / "step_00000001"], 1, MODEL) == [[[]]]

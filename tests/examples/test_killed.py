@@ -34,7 +34,7 @@ def lines(run: Path) -> list[str]:
 
 def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
     """Step, and everything that was recorded at it but the speed."""
-    found = [record for record in map(json.loads, lines(run)) if "checkpoint_seconds" not in record]
+    found = [record for record in map(json.loads, lines(run)) if "checkpoint_step" not in record]
     return [(record.pop("step"), {k: v for k, v in record.items() if k != "tokens_per_second"}) for record in found]
 
 

@@ -18,8 +18,9 @@ TP2 = ["--tp", "2"]
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """metrics.jsonl, but for what saving took."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if "checkpoint_step" not in record]
 
 
 def number(name: str, out: str) -> float:

@@ -113,6 +113,6 @@ def resumed(config: TrainConfig[Any], **run: Any) -> TrainConfig[Any]:
 def records(directory: Path) -> list[Record]:
     """metrics.jsonl, without how fast it was."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    rates = ("tokens_per_second", "checkpoint_stall_seconds", "checkpoint_seconds")
+    rates = ("tokens_per_second", "checkpoint_step", "checkpoint_stall_seconds", "checkpoint_seconds")
     found = [{key: value for key, value in record.items() if key not in rates} for record in found]
     return [record for record in found if record.keys() != {"step"}]

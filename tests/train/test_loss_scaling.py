@@ -373,6 +373,7 @@ def steps_of(trainer: Trainer, last: int) -> None:
         report = trainer._train_step()
         trainer._log(**trainer._numbers(report))
     trainer.save()
+    trainer.checkpoints.wait()
 
 
 def test_a_resumed_run_keeps_its_scale(tmp_path: Path) -> None:

@@ -210,7 +210,8 @@ def test_saving_leaves_the_run_as_it_is_and_is_reported(
     assert records(directory) == expected
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     saved = [line for line in lines if "checkpoint_seconds" in line]
-    assert [line["step"] for line in saved] == [1, 2, 3, 4, 5, 6]
+    assert [line["checkpoint_step"] for line in saved] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     for line in saved:
         assert 0 < line["checkpoint_stall_seconds"] <= line["checkpoint_seconds"]
         assert (line["checkpoint_stall_seconds"] < line["checkpoint_seconds"]) is background

@@ -42,8 +42,8 @@ class Checkpoints:
         """Write this step's checkpoint after the former one; those that are complete now. Raises as save_checkpoint."""
         start = time.perf_counter()
         done = self.wait()
-        copy = self._staging.copy if self.background else list
-        found = together(lambda: copy(chunks(parts)), self.mesh.world)
+        copy = self._staging.copy if self.background else chunks
+        found = together(lambda: copy(parts), self.mesh.world)
         group = self._gloo()
         stall = time.perf_counter() - start
 

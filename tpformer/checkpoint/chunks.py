@@ -1,13 +1,13 @@
 """What this rank writes: chunks of whole tensors, each with the numbers that belong there."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from tpformer.checkpoint.boxes import Kept, boxes
+from tpformer.checkpoint.boxes import Box, Kept, boxes
 from tpformer.placement import Placement
 
 
@@ -46,39 +46,48 @@ class Chunk:
 
 
 def chunks(parts: Iterable[Part]) -> list[Chunk]:
-    """The chunks that this rank is to write: of equal copies only one rank has any."""
-    found = []
-    for part in parts:
-        shapes = part.kept.shapes(part.placement.shape)
-        dtype = part.dtype or part.local.dtype
-        for box in boxes(part.kept, part.placement):
-            if not box.copy:
-                take = partial(box.take, part.local)
-                found.append(Chunk(part.key(box.tensor), shapes[box.tensor], box.start, box.size, dtype, take))
-    return found
+    """The chunks that this rank is to write, with the numbers of when they are asked: of equal copies one rank's."""
+    return [chunk(part, box) for part in parts for box in boxes(part.kept, part.placement) if not box.copy]
+
+
+def chunk(part: Part, box: Box) -> Chunk:
+    """One of a part's boxes."""
+    shape = part.kept.shapes(part.placement.shape)[box.tensor]
+    take = partial(box.take, part.local)
+    return Chunk(part.key(box.tensor), shape, box.start, box.size, part.dtype or part.local.dtype, take)
+
+
+Slot = tuple[Box, Tensor, Chunk]
+"""A box, host memory for its numbers, and the chunk that has these."""
 
 
 class Staging:
-    """Host memory that chunks are copied to, kept from one time to the next (pinned, where they are on a GPU)."""
+    """Host memory that the parts of one model are copied to, again and again (pinned, where they are on a GPU)."""
 
     def __init__(self) -> None:
-        self._memory: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._slots: dict[tuple[tuple[str, ...], Placement], list[Slot]] = {}
 
-    def copy(self, found: list[Chunk]) -> list[Chunk]:
-        """The same chunks with their numbers of now; they are valid until the next copy."""
-        copied, on_gpu = [], False
-        for chunk in found:
-            numbers = chunk.take().detach()
-            memory = self._memory.get((chunk.key, chunk.start))
-            if memory is None:
-                memory = torch.empty(chunk.size, dtype=chunk.dtype, pin_memory=numbers.is_cuda)
-                self._memory[chunk.key, chunk.start] = memory
-            memory.copy_(numbers, non_blocking=True)
-            on_gpu = on_gpu or numbers.is_cuda
-            copied.append(replace(chunk, take=partial(_same, memory)))
+    def copy(self, parts: Iterable[Part]) -> list[Chunk]:
+        """The chunks that this rank is to write, with the numbers of now; they are valid until the next copy."""
+        found, on_gpu = [], False
+        for part in parts:
+            key = part.kept.tensors, part.placement
+            if key not in self._slots:  # where everything belongs takes longer to work out than to copy
+                self._slots[key] = list(_slots(part))
+            for box, memory, staged in self._slots[key]:
+                memory.copy_(box.take(part.local.detach()), non_blocking=True)
+                found.append(staged)
+            on_gpu = on_gpu or part.local.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
-        return copied
+        return found
+
+
+def _slots(part: Part) -> Iterator[Slot]:
+    for box in boxes(part.kept, part.placement):
+        if not box.copy:
+            memory = torch.empty(box.size, dtype=part.dtype or part.local.dtype, pin_memory=part.local.is_cuda)
+            yield box, memory, replace(chunk(part, box), take=partial(_same, memory))
 
 
 def _same(x: Tensor) -> Tensor:

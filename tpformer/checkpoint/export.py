@@ -30,6 +30,7 @@ def write_weights(
     with a config.json is replaced, with all that is in it.
     Raises ValueError, on every rank, for a directory that is in the way, OSError for a disk that is full.
     """
+    directory = directory.absolute()
     together(lambda: _make_way(directory, overwrite), world)
     partial = directory.with_name(f".{directory.name}.partial")
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -140,16 +141,16 @@ class SafetensorsWriter(StorageWriter):
         self.publish(self._files, sorted(digests, key=lambda digest: (digest.key, digest.start)))
 
 
-def runs(shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...]) -> Iterator[int]:
+def runs(shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...]) -> list[int]:
     """Where, in a tensor of this shape, each stretch of a box begins whose numbers are one after another.
 
     The stretches are equally long and come in the order of the box's numbers.
     """
-    inner = _inner(shape, size)
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    first = sum(a * stride for a, stride in zip(start, strides, strict=True))
-    for where in itertools.product(*map(range, size[:inner])):
-        yield first + sum(i * stride for i, stride in zip(where, strides, strict=False))
+    begins = np.array([sum(a * stride for a, stride in zip(start, strides, strict=True))])
+    for dim in range(_inner(shape, size)):
+        begins = np.add.outer(begins, np.arange(size[dim]) * strides[dim]).reshape(-1)
+    return list(begins.tolist())
 
 
 def _inner(shape: tuple[int, ...], size: tuple[int, ...]) -> int:
@@ -170,8 +171,9 @@ def _write(path: Path, items: list[WriteItem], plan: SavePlan, planner: SavePlan
             content = bytes_of(numbers)
             data, (_, begin) = _data(item), plan.storage_data[item.index.fqn]
             shape, size = tuple(data.size), tuple(data.chunk.sizes)
-            length = math.prod(size[_inner(shape, size) :]) * numbers.itemsize
-            for number, first in enumerate(runs(shape, tuple(data.chunk.offsets), size)):
+            places = runs(shape, tuple(data.chunk.offsets), size)
+            length = len(content) // len(places)
+            for number, first in enumerate(places):
                 part = content[number * length : (number + 1) * length]
                 _write_all(descriptor, part, begin + first * numbers.itemsize)
             yield WriteResult(item.index, len(content), zlib.crc32(content))

@@ -228,7 +228,7 @@ class Trainer:
     def _log_saved(self, done: list[Saved]) -> None:
         for saved in done:
             numbers = {"checkpoint_stall_seconds": saved.stall_seconds, "checkpoint_seconds": saved.seconds}
-            self._log(**{"step": saved.step} | {name: round(seconds, 6) for name, seconds in numbers.items()})
+            self._log(checkpoint_step=saved.step, **{name: round(seconds, 6) for name, seconds in numbers.items()})
 
     def _finish(self) -> TrainReport:
         uniform, unigram = math.log(self.corpus.vocab_size), unigram_entropy(self.corpus.validation)
