@@ -92,6 +92,7 @@ class Trainer:
         started, first = time.perf_counter(), self.step
         while self.step < run.steps:
             report = self._train_step()
+            self.watchdog.beat()
             rate = (self.step - first) * self._tokens_per_step() / (time.perf_counter() - started)
             self._show(bar, report, rate)
             if self.step % run.log_interval == 0 or self.step == run.steps or report.problem:
@@ -173,7 +174,7 @@ class Trainer:
         return meta["step"]
 
     def _when(self) -> str:
-        return f"in step {self.step + 1}"
+        return f"after {self.step} steps"
 
     def _tokens_per_step(self) -> int:
         return self.config.run.batch_size * self.config.data.seq_len
