@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class Trainer:
                 tqdm(
                     total=run.steps, initial=self.step, unit="step", disable=not self.chief, dynamic_ncols=True
                 ) as bar,
-                self.watchdog,
+                self.watchdog if self.mesh.world.size > 1 else nullcontext(),  # alone there is nobody to wait for
             ):
                 self._train(bar)
             return self._finish()
