@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     world = Mesh.create()  # all processes as one axis, so that what goes wrong on one is heard of by all
     try:
-        with naming_lost_ranks(world.world.rank, lambda: "outside of the steps"), StopSignal() as stop:
+        with naming_lost_ranks(world.world.rank, lambda: "not in a step"), StopSignal() as stop:
             return pretrain(go_on(arguments), world, stop)
     except LostRankError as error:  # each rank says its own; to leave in order would wait for the one that is lost
         print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)

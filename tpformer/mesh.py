@@ -1,7 +1,9 @@
 """Who am I, who are my peers: the live mesh axes seen from this process."""
 
 import atexit
+import contextlib
 import os
+import socket
 import time
 import uuid
 import weakref
@@ -145,17 +147,16 @@ def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
         launchers.set("tpformer_store", f"{store.port} {mark}")
         return store, rank, world_size
     deadline = time.monotonic() + timeout.total_seconds()
-    while True:
+    while time.monotonic() < deadline:
         port, mark = launchers.get("tpformer_store").decode().split()
-        try:
+        with contextlib.suppress(dist.DistError, OSError):
+            socket.create_connection((host, int(port)), patience.total_seconds()).close()  # a dead one refuses at once
             store = dist.TCPStore(host, int(port), timeout=patience, wait_for_workers=False)
             if store.check(["here"]) and store.get("here").decode() == mark:
                 store.set_timeout(timeout)
                 return store, rank, world_size
-        except dist.DistError:
-            if time.monotonic() > deadline:
-                raise
         time.sleep(0.05)
+    raise TimeoutError(f"rank {rank} found no store of rank 0 at {host} in {timeout.total_seconds():.0f} s")
 
 
 def _device_mesh(device_type: str, sizes: tuple[int, int, int], dp_shard: int) -> DeviceMesh:

@@ -76,6 +76,8 @@ def test_a_rank_killed_in_a_step_and_one_killed_while_saving(tmp_path: Path, ran
     check(ended, tmp_path)
     assert ended.out.count("writing to") == 1
     assert ended.out.count("resumed at step") == 2
+    said = [line for line in ended.err.splitlines() if "pretrain.py: error:" in line]
+    assert ["rank 0 lost a peer in" in said[0], "rank 1 lost a peer in" in said[1], len(said)] == [True, True, 2]
 
 
 def test_a_run_of_somebody_else_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

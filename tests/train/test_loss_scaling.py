@@ -24,7 +24,7 @@ from tests.train.test_optimizer import Parts, some_gradients
 from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel_config import ParallelConfig
-from tpformer.train import optimizer as optimizer_module
+from tpformer.train import gradient_norm
 from tpformer.train.optimizer import Optimizer, OptimizerConfig
 from tpformer.train.precision import LossScaler
 from tpformer.train.step import StepOptions, train_step
@@ -166,7 +166,7 @@ def poisoned(model: Any, buckets: GradientBuckets, where: str, local: bool) -> I
 
     with ExitStack() as stack:
         if local:
-            stack.enter_context(patch.object(optimizer_module, "all_reduce_", lambda x, axis: x))
+            stack.enter_context(patch.object(gradient_norm, "all_reduce_", lambda x, axis: x))
         if where == "loss":
             stack.enter_context(patch.object(type(model), "loss", lambda *a, **k: loss(*a, **k) * math.nan))
         if where == "sent":

@@ -33,9 +33,12 @@ def alone() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def steps(rank: int, parallel: ParallelConfig, fault: Fault) -> None:
-    """On a rank: three steps, in the second of which the last rank meets with the fault."""
-    mesh = Mesh.of(parallel, "cpu")
+def steps(rank: int, parallel: ParallelConfig, fault: Fault, limits: tuple[float, float] = (SECONDS, 600.0)) -> None:
+    """On a rank: three steps, in the second of which the last rank meets with the fault.
+
+    limits: the watchdog's, and the process groups' own.
+    """
+    mesh = Mesh.of(parallel, "cpu", timeout_seconds=limits[1])
     built = build(Composition("llama", parallel).config(), mesh, VOCABULARY)
     last = rank == mesh.world.size - 1
     samples = batch(0).chunk(mesh.dp.size)[mesh.dp.rank]
@@ -44,16 +47,16 @@ def steps(rank: int, parallel: ParallelConfig, fault: Fault) -> None:
     def when() -> str:
         return f"in step {done + 1}"
 
-    with naming_lost_ranks(rank, when), Watchdog(SECONDS, rank, when) as watchdog:
+    with naming_lost_ranks(rank, when), Watchdog(limits[0], rank, when) as watchdog:
         for done in range(3):
             with FaultyTrace(fault) if last and done == 1 else nullcontext():
                 train_step(built.runner, built.gradients, built.optimizer, samples, StepOptions(2, 0.01))
             watchdog.beat()
 
 
-def run(parallel: ParallelConfig, fault: Fault) -> list[Survivor]:
+def run(parallel: ParallelConfig, fault: Fault, *limits: tuple[float, float]) -> list[Survivor]:
     """In the process that is forked."""
-    return forked(steps, parallel.pp * parallel.tp * (parallel.dp or 1), parallel, fault)
+    return forked(steps, parallel.pp * parallel.tp * (parallel.dp or 1), parallel, fault, *limits)
 
 
 CASES = {
@@ -109,6 +112,18 @@ def test_every_rank_of_four_ends(alone: ProcessPoolExecutor) -> None:
     for rank, survivor in enumerate(found):
         assert re.search(rf"rank {rank} lost a peer in all_reduce on (tp|dp|world) \(\d ranks\), issued", survivor.err)
         assert survivor.seconds < 2
+
+
+def test_a_process_group_that_gives_up_first_says_the_same(alone: ProcessPoolExecutor) -> None:
+    """gloo's own time-out, which is also that of groups that torch made later with another one."""
+    fault = Fault(STOP, "all_reduce", "tp", "forward")
+    found = alone.submit(run, ParallelConfig(tp=2, dp=2), fault, (60.0, 1.0)).result()
+    assert [survivor.code for survivor in found] == [1, 1, 1], found
+    line = (
+        r"rank 2 gave up waiting for all_reduce on tp \(2 ranks\), issued at layers/\w+.py:\d+, in step 2: another rank"
+    )
+    assert re.search(line, found[2].err), found[2].err
+    assert all(survivor.seconds < 6 for survivor in found)
 
 
 def test_a_rank_that_hangs_by_itself_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

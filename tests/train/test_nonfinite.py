@@ -119,24 +119,41 @@ def test_every_rank_names_the_first(layout: str, where: dict[str, tuple[int, flo
     assert said.endswith(", the loss is finite")
 
 
-def bad_loss(parallel: ParallelConfig, rank: int) -> str:
-    """On a rank: what a step raises after a weight of one rank's became nan."""
-    built, mesh = laid_out(parallel)
+def bad_weight(parallel: ParallelConfig, rank: int, name: str, on: str = "stop") -> str:
+    """On a rank: what a step says after a weight of one rank's became nan."""
+    built, mesh = laid_out(parallel, on_nonfinite=on)
     if mesh.world.rank == rank:
-        built.optimizer.masters["blocks.1.mlp.down.weight"].view(-1)[0] = math.nan
+        built.optimizer.masters[name].fill_(math.nan)
     try:
-        step(built, mesh, 0)
+        return step(built, mesh, 0).problem
     except FloatingPointError as error:
         return str(error)
-    return ""
 
 
-def test_a_loss_that_is_not_finite_is_said_with_its_ranks(ranks: Ranks) -> None:
-    (said,) = set(ranks(bad_loss, 2, LAYOUTS["dp 2"], 1))
+UP = "blocks.2.mlp.down.weight"
+
+
+@pytest.mark.parametrize("on", ["stop", "skip"])
+@pytest.mark.parametrize(
+    ("layout", "rank", "name", "loss", "output"),
+    [
+        ("one process", 0, UP, "rank 0", "blocks.2 is the first, on rank 0"),
+        ("dp 2", 1, UP, "rank 1", "blocks.2 is the first, on rank 1"),  # gradients are summed: only this tells the rank
+        ("tp 2", 1, UP, "ranks 0 1", "blocks.2 is the first, on ranks 0 1"),
+        ("tp 2 sp", 1, "norm.weight", "ranks 0 1", "norm is the first, on rank 1"),
+        ("pp 2", 1, UP, "rank 1", "blocks.2 is the first, on rank 1"),
+        ("pp 2 x tp 2, zbv", 2, UP, "ranks 0 1", "blocks.2 is the first, on ranks 2 3"),
+        ("one process", 0, "embedding.weight", "rank 0", "embedding is the first, on rank 0"),
+        ("dp 2, fsdp", 1, UP, "ranks 0 1", "blocks.2 is the first, on ranks 0 1"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_is_not_finite_is_said_with_its_ranks_and_the_first_output(
+    on: str, layout: str, rank: int, name: str, loss: str, output: str, ranks: Ranks
+) -> None:
+    (said,) = set(on_ranks(ranks, bad_weight, LAYOUTS[layout], rank, name, on))
     assert "or loss nan is not finite at step 1" in said
-    assert said.endswith("(nan, on ranks 0 1), the loss itself is not finite on rank 1")
-    (said,) = set(ranks(bad_loss, 2, LAYOUTS["tp 2"], 1))
-    assert said.endswith("the loss itself is not finite on ranks 0 1")
+    assert said.endswith(f", the loss itself is not finite on {loss}; of all outputs that of {output}")
 
 
 def test_finite_gradients_whose_norm_overflows_are_told_apart() -> None:

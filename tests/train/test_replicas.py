@@ -1,7 +1,6 @@
 """One bit of one copy on one rank is found and named, whatever it is a copy of; without it nothing is said."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,13 +206,11 @@ def test_order_signs_of_zero_and_nan_count() -> None:
 
 
 class DriftingTrainer(Trainer):
-    """Before its third step a bit changes on the last rank, of what the options name."""
-
-    drift: Callable[[Trainer], torch.Tensor]
+    """Before its third step a bit changes on the last rank."""
 
     def _train_step(self) -> Any:
         if self.step == 2 and self.mesh.world.rank == self.mesh.world.size - 1:
-            flip(self.drift())  # type: ignore[call-arg]
+            flip(self.optimizer.state()["weight/norm.weight"])
         return super()._train_step()
 
 
@@ -223,7 +220,6 @@ def drifting(directory: Path, every: int) -> tuple[str, int, list[str]]:
     config = runs.config(check_replicas=every, checkpoint_interval=2, sample_tokens=0)
     config = replace(config, parallel=ParallelConfig(dp=2))
     trainer = DriftingTrainer(config, Mesh.of(config.parallel, "cpu"), runs.corpus(), directory)
-    trainer.drift = lambda: trainer.optimizer.state()["weight/norm.weight"]  # type: ignore[method-assign, misc]
     said = ""
     try:
         trainer.run()

@@ -74,7 +74,8 @@ class RunConfig:
     memory_snapshot: bool = False
     """Write torch's record of a step's allocations, on CUDA, for pytorch.org/memory_viz."""
     timeout_seconds: float = 600.0
-    """A rank for which no step (evaluation batch, checkpoint) ends in this time says what it waits for, and ends."""
+    """One of several ranks for which no step (or evaluation batch, or checkpoint) ends in this time ends, and says for
+    which collective it waited; to be longer than any step."""
     check_replicas: int = 0
     """Steps between comparisons of all copies of weights and moments, bit for bit, by checksums; 0 never compares."""
     device: Literal["auto", "cpu"] = "auto"

@@ -1,5 +1,6 @@
 """One optimizer step; loss.backward() is here."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from tpformer.parallel.fsdp import ShardedGradients
 from tpformer.parallel.pipeline import Pipeline
 from tpformer.parallel.timeline import Timeline, record
 from tpformer.random import Key
+from tpformer.train.nonfinite import first_output
 from tpformer.train.optimizer import Optimizer
 
 
@@ -82,5 +84,10 @@ def train_step(
         found = gradients.finish()
         if isinstance(model, Pipeline):
             model.sum_tied(found)
-        norm, mean_loss, stop, problem = optimizer.step(found, options.lr, total, stop=options.stop)
+        try:
+            norm, mean_loss, stop, problem = optimizer.step(found, options.lr, total, stop=options.stop)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}{first_output(model, samples, options.micro_batch_size, key)}") from error
+    if problem and not math.isfinite(mean_loss):
+        problem += first_output(model, samples, options.micro_batch_size, key)
     return StepReport(mean_loss, norm, loss_scale, optimizer.steps == steps, problem, stop)

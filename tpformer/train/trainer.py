@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from tpformer.collectives import all_reduce_
 from tpformer.data import TokenSampler, unigram_entropy
 from tpformer.mesh import Mesh, divide
 from tpformer.models.generate import generate
-from tpformer.placement import local_part
 from tpformer.random import Key
 from tpformer.trace import Trace
 from tpformer.train.build import build
@@ -95,7 +95,7 @@ class Trainer:
                 tqdm(
                     total=run.steps, initial=self.step, unit="step", disable=not self.chief, dynamic_ncols=True
                 ) as bar,
-                self.watchdog,
+                self.watchdog if self.mesh.world.size > 1 else nullcontext(),  # alone there is nobody to wait for
             ):
                 try:
                     self._train(bar)
@@ -110,12 +110,13 @@ class Trainer:
         started, first = time.perf_counter(), self.step
         while self.step < run.steps:
             report = self._train_step()
+            self.watchdog.beat()
             rate = (self.step - first) * self._tokens_per_step() / (time.perf_counter() - started)
             self._show(bar, report, rate)
             if self.step % run.log_interval == 0 or self.step == run.steps or report.problem:
                 self._log(**self._numbers(report), tokens_per_second=round(rate))
             if _due(self.step, run.check_replicas):
-                check_replicas(self._copies(), self.optimizer.placements, self.mesh, self.step)
+                check_replicas(self.optimizer.state(), self.optimizer.placements, self.mesh, self.step)
             if _due(self.step, run.eval_interval) and self.step < run.steps:
                 self._log(validation_loss=self.evaluate())
             if _due(self.step, run.checkpoint_interval) or self.step == run.steps or report.stop:
@@ -188,15 +189,8 @@ class Trainer:
             self.optimizer.scaler.load_state(meta["loss_scaler"])
         return meta["step"]
 
-    def _copies(self) -> dict[str, Tensor]:
-        """What training goes on from: the optimizer's state, and what the model computes with, if rounded."""
-        state = self.optimizer.state()
-        computed = {name: local_part(p.detach()) for name, p in self.model.named_parameters()}
-        own = {n: x for n, x in computed.items() if x.data_ptr() != state[f"weight/{n}"].data_ptr()}
-        return state | {f"computed/{name}": x for name, x in own.items()}
-
     def _when(self) -> str:
-        return f"in step {self.step + 1}"
+        return f"after {self.step} steps"
 
     def _tokens_per_step(self) -> int:
         return self.config.run.batch_size * self.config.data.seq_len
