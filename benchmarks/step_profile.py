@@ -29,7 +29,8 @@ from benchmarks.step_groups import RANGES
 from tpformer import Llama, LlamaConfig, Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.random import Key
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 
 Step = Callable[[], object]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

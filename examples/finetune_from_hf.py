@@ -19,7 +19,8 @@ from tpformer.data import TokenSampler, find_tokenizer
 from tpformer.parallel.data import GradientBuckets
 from tpformer.train.config import DataConfig
 from tpformer.train.corpus import Corpus, load_corpus
-from tpformer.train.optimizer import Optimizer, OptimizerConfig, learning_rate
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig, learning_rate
 from tpformer.train.step import StepOptions, train_step
 
 

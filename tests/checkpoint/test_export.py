@@ -18,7 +18,7 @@ from tests.proofs.cases import Layout
 from tpformer import Mesh
 from tpformer.checkpoint import chunks as chunks_module
 from tpformer.checkpoint.chunks import Chunk
-from tpformer.checkpoint.export import write_parts
+from tpformer.checkpoint.export import write_weights
 from tpformer.mesh import Axis
 
 
@@ -27,7 +27,9 @@ def export(layout: Layout, directory: Path, dtype: torch.dtype | None = None, **
     mesh = layout.mesh()
     found = [replace(part, dtype=dtype) for part in parts("gpt-untied", mesh, 1) if not part.folder]
     try:
-        write_parts(found, directory, {"config.json": {"model_type": "gpt2"}}, mesh.world, **options)
+        write_weights(
+            chunks_module.chunks(found), directory, {"config.json": {"model_type": "gpt2"}}, mesh.world, **options
+        )
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
@@ -63,7 +65,7 @@ def test_one_box_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Chunk, "numbers", lambda chunk: spy("make", numbers, chunk))
     monkeypatch.setattr(os, "pwrite", partial(spy, "write", os.pwrite))
     found = [part for part in parts("gpt-untied", Mesh(), 1) if not part.folder]
-    write_parts(found, tmp_path / "model", {}, Axis("world"))
+    write_weights(chunks_module.chunks(found), tmp_path / "model", {}, Axis("world"))
     made = [i for i, what in enumerate(order) if what == "make"]
     assert len(made) == len(chunks_module.chunks(found)) > 20
     assert all(order[i + 1] == "write" for i in made)

@@ -14,7 +14,8 @@ from tests.proofs.cases import Layout, Measured, random_batch
 from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel.plan import Style
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 
 Plan = dict[str, Style]
 ATTENTION: Plan = {"*.self_attn.[qkv]_proj": "column", "*.self_attn.o_proj": "row"}

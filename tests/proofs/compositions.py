@@ -14,7 +14,7 @@ from tpformer.placement import gather_full
 from tpformer.trace import trace_communication
 from tpformer.train.build import Training, build
 from tpformer.train.config import DataConfig, RunConfig, TrainConfig
-from tpformer.train.optimizer import OptimizerConfig
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 
 MODELS: dict[str, Any] = {

@@ -15,7 +15,8 @@ import tpformer
 from tests.proofs.cases import TOLERANCE, Config, Measured, build, build_random, gpt, llama, mismatches, random_batch
 from tpformer import Key, Mesh
 from tpformer.parallel.data import GradientBuckets
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ from tpformer.data import ByteTokenizer
 from tpformer.parallel_config import ParallelConfig, Precision
 from tpformer.train.config import DataConfig, RunConfig, TrainConfig
 from tpformer.train.corpus import Corpus
-from tpformer.train.optimizer import OptimizerConfig
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.trainer import Trainer
 
 VOCABULARY = 257

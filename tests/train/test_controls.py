@@ -13,7 +13,8 @@ from tests.proofs.cases import TOLERANCE, Layout, Measured, build_random, llama,
 from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.placement import Placement
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 
 CONFIG = llama(num_kv_heads=1, qk_norm=True)

@@ -25,8 +25,9 @@ from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel_config import ParallelConfig
 from tpformer.train import gradient_norm
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
 from tpformer.train.precision import LossScaler
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 from tpformer.train.trainer import Trainer
 

@@ -15,7 +15,7 @@ from tpformer import Axis, Mesh, ParallelConfig
 from tpformer.train import nonfinite
 from tpformer.train import optimizer as optimizer_module
 from tpformer.train.build import Training, build
-from tpformer.train.optimizer import OptimizerConfig
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, StepReport, train_step
 from tpformer.train.trainer import Trainer
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tests.distributed import Ranks
 from tests.proofs.cases import Layout, build, build_random, gpt, llama
 from tpformer import Mesh
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 
 FP64 = torch.float64
 LOSS = torch.tensor(3.5)

@@ -25,8 +25,9 @@ from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel_config import ParallelConfig
 from tpformer.train import optimizer as optimizer_module
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
 from tpformer.train.optimizer_offload import SLOTS, UNIT, HostState, Piece
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 from tpformer.train.trainer import Trainer
 

@@ -9,7 +9,8 @@ from tests.distributed import Ranks
 from tests.proofs.cases import Layout, build, llama
 from tpformer import Mesh
 from tpformer.parallel.data import GradientBuckets
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 
 BF16 = torch.bfloat16

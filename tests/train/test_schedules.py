@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tpformer.train.optimizer import OptimizerConfig, learning_rate
+from tpformer.train.schedule import OptimizerConfig, learning_rate
 
 STEPS = 110
 WARM = {step: (step + 1) / 10 for step in (0, 4, 9)}  # ten steps of warm-up: 1/10, 5/10 and the peak

@@ -12,7 +12,8 @@ from tests.proofs.cases import Config, Layout, build, gpt, llama
 from tpformer import Key
 from tpformer.parallel.data import GradientBuckets
 from tpformer.trace import Call
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 
 MODELS: dict[str, Config] = {

@@ -18,7 +18,8 @@ from tpformer import Axis, Mesh
 from tpformer.parallel_config import ParallelConfig
 from tpformer.trace import trace_communication
 from tpformer.train.config import TrainConfig
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.stop import Stopped, StopSignal
 from tpformer.train.trainer import Trainer
 

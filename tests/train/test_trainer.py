@@ -17,7 +17,8 @@ from tpformer.parallel.data import GradientBuckets
 from tpformer.parallel_config import ParallelConfig
 from tpformer.train.build import build as build_training
 from tpformer.train.config import TrainConfig
-from tpformer.train.optimizer import Optimizer, learning_rate
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import learning_rate
 from tpformer.train.step import StepOptions, train_step
 from tpformer.train.trainer import Trainer, TrainReport
 

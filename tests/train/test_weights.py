@@ -19,7 +19,8 @@ from tests.distributed import Ranks
 from tests.proofs.cases import RUNS, TOLERANCE, Config, Layout, Measured, build_random, gpt, llama, mismatches
 from tpformer import Key, Mesh
 from tpformer.parallel.data import GradientBuckets
-from tpformer.train.optimizer import Optimizer, OptimizerConfig
+from tpformer.train.optimizer import Optimizer
+from tpformer.train.schedule import OptimizerConfig
 from tpformer.train.step import StepOptions, train_step
 
 MODELS: dict[str, Config] = {

@@ -8,7 +8,7 @@ import tyro
 from tpformer.models.gpt import GPTConfig
 from tpformer.models.llama import LlamaConfig
 from tpformer.parallel_config import ParallelConfig
-from tpformer.train.optimizer import OptimizerConfig
+from tpformer.train.schedule import OptimizerConfig
 
 ModelT = TypeVar("ModelT", LlamaConfig, GPTConfig)
 

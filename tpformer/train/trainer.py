@@ -28,8 +28,8 @@ from tpformer.train.corpus import Corpus
 from tpformer.train.first_steps import FirstSteps
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
 from tpformer.train.lost_ranks import Watchdog, naming_lost_ranks
-from tpformer.train.optimizer import learning_rate
 from tpformer.train.replicas import ReplicaDriftError, check_replicas
+from tpformer.train.schedule import learning_rate
 from tpformer.train.state import begin_with, check_meta, documents, meta_of, parts_of
 from tpformer.train.step import StepOptions, StepReport
 from tpformer.train.stop import Stopped, StopSignal
