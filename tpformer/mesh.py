@@ -92,9 +92,7 @@ class Mesh:
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
         device_mesh = _device_mesh(place.type, sizes, shard)
         axes = _axes(device_mesh, shard)
-        for axis in axes.values():  # torch gives new groups a time-out of its own, and the default group may be older
-            if axis.group is not None:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), axis.group)
+        _set_timeout(axes, timedelta(seconds=timeout_seconds))
         atexit.register(_release, weakref.ref(device_mesh))
         return Mesh(
             world=_world(axes),
@@ -176,6 +174,13 @@ def _axes(device_mesh: DeviceMesh, dp_shard: int) -> dict[str, Axis]:
         whole, alone = ("dp_replicate", "dp_shard") if dp_shard == 1 else ("dp_shard", "dp_replicate")
         axes |= {whole: axes["dp"], alone: Axis(alone)}
     return axes
+
+
+def _set_timeout(axes: dict[str, Axis], timeout: timedelta) -> None:
+    """torch gives new groups a time-out of its own, and the default group may be older than this mesh."""
+    for axis in axes.values():
+        if axis.group is not None:
+            dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
 
 
 def _world(axes: dict[str, Axis]) -> Axis:

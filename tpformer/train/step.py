@@ -1,7 +1,9 @@
 """One optimizer step; loss.backward() is here."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from tpformer.parallel.pipeline import Pipeline
 from tpformer.parallel.timeline import Timeline, record
 from tpformer.random import Key
 from tpformer.train.nonfinite import first_output
-from tpformer.train.optimizer import Optimizer
+from tpformer.train.optimizer import Optimizer, Outcome
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,22 @@ def train_step(
             with record(options.timeline, "backward", 0, number):
                 (loss * scale).backward()
             total = total + loss.detach()
+    look = partial(first_output, model, samples, options.micro_batch_size, key)
     with record(options.timeline, "optimizer"):
         found = gradients.finish()
         if isinstance(model, Pipeline):
             model.sum_tied(found)
-        try:
-            norm, mean_loss, stop, problem = optimizer.step(found, options.lr, total, stop=options.stop)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}{first_output(model, samples, options.micro_batch_size, key)}") from error
-    if problem and not math.isfinite(mean_loss):
-        problem += first_output(model, samples, options.micro_batch_size, key)
+        norm, mean_loss, stop, problem = _update(optimizer, found, options, total, look)
     return StepReport(mean_loss, norm, loss_scale, optimizer.steps == steps, problem, stop)
+
+
+def _update(
+    optimizer: Optimizer, found: dict[str, Tensor], options: StepOptions, loss: Tensor, look: Callable[[], str]
+) -> Outcome:
+    """The optimizer's step; if the loss is not finite, what it says of that has what `look` finds at its end."""
+    try:
+        outcome = optimizer.step(found, options.lr, loss, stop=options.stop)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}{look()}") from error
+    seen = look() if outcome.problem and not math.isfinite(outcome.loss) else ""
+    return outcome._replace(problem=outcome.problem + seen)
