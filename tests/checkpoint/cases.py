@@ -40,10 +40,11 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 def known_of(model: str, mesh: Mesh) -> dict[str, Placement]:
     """The placements of a model, and of what models do not have: a scalar, and 5 rows, 3 to a rank (some have none)."""
     known = placements(build(MODELS[model], mesh), mesh)
-    return known | {
+    others = {
         "scalar": replicated((), mesh.tp),
         "few.rows": split((5, 2), 0, mesh.tp, max(3, -(-5 // mesh.tp.size))),
     }
+    return known | {name: replace(placement, replica=mesh.dp.rank) for name, placement in others.items()}
 
 
 def local_shape(placement: Placement) -> tuple[int, ...]:

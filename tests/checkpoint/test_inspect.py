@@ -15,7 +15,7 @@ from tpformer.checkpoint.chunks import Part, chunks
 from tpformer.checkpoint.inspect import size
 from tpformer.checkpoint.store import META, save_checkpoint
 
-ABOUT = {"samples": 3200, "seq_len": 256, "layout": {"pp": 1, "dp": 2, "tp": 4}, "versions": {"torch": "9.9"}}
+ABOUT = {"samples": 3200, "data": {"seq_len": 256}, "layout": {"pp": 1, "dp": 2, "tp": 4}, "versions": {"torch": "9.9"}}
 
 
 @pytest.fixture(scope="module")

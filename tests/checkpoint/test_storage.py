@@ -86,12 +86,14 @@ def with_placement(name: str, change: dict[str, Any], directory: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "change", "text"),
     [
-        ("few.rows", {"pieces": (Piece(3, 1),)}, r"few\.rows .*tensor-volume: 10 chunks-volume: 8"),
+        ("few.rows", {"pieces": (Piece(3, 1),)}, r"parts are not the whole: few\.rows lacks 2 numbers$"),
         ("few.rows", {"pieces": (Piece(2, 2),)}, r"few\.rows has overlapping chunks"),
-        ("few.rows", {"shape": (6, 2)}, r"few\.rows"),
-        ("few.rows", {"replica": 1}, r"few\.rows .*tensor-volume: 10 chunks-volume: 6"),
+        ("few.rows", {"pieces": (Piece(0, 2),)}, r"two ranks would write few\.rows at \(0, 0\)"),
+        ("scalar", {"pieces": (Piece(0, 1),)}, r"two ranks would write scalar at \(\): one must be a copy"),
+        ("few.rows", {"shape": (6, 2)}, r"few\.rows is \(6, 2\) of torch.float32 on one rank and \(5, 2\)"),
+        ("few.rows", {"replica": 1}, r"few\.rows lacks 4 numbers$"),
     ],
-    ids=["a hole", "an overlap", "another shape", "not counted"],
+    ids=["a hole", "an overlap", "the same place", "a copy that is none", "another shape", "not counted"],
 )
 def test_a_wrong_placement_is_refused_on_every_rank(
     name: str, change: dict[str, Any], text: str, tmp_path: Path, ranks: Ranks
@@ -130,7 +132,7 @@ def test_a_placement_that_tiles_wrongly_writes_other_bytes(tmp_path: Path, ranks
 def test_a_process_alone_checks_that_tensors_are_whole(tmp_path: Path) -> None:
     part = tiny(1)
     short = replace(part, placement=replace(part.placement, pieces=(Piece(0, 63),)))
-    with pytest.raises(ValueError, match="w has 64 numbers, but the ranks hold 63 of it"):
+    with pytest.raises(ValueError, match="the ranks' parts are not the whole: w lacks 1 numbers"):
         save_checkpoint(tmp_path, 1, chunks([short]), {})
     assert list(tmp_path.iterdir()) == []
 

@@ -54,16 +54,14 @@ FAULTS = [  # on rank 0, which prepares and publishes; on either tp rank of the 
     *(("full", 0), ("full", 1), ("os.pwrite", 1), ("os.fsync", 1), ("staging.copy", 1)),
     *(("os.pwrite", 0), ("os.rename", 0), ("os.fsync", 0), ("store.write_file", 0), ("store.json.dumps", 0)),
 ]
+WAYS = [(*fault, True) for fault in FAULTS] + [(*FAULTS[number], False) for number in (1, 2, 6)]  # in the background?
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["at once", "background"])
-@pytest.mark.parametrize(("fault", "rank"), FAULTS)
+@pytest.mark.parametrize(("fault", "rank", "background"), WAYS)
 def test_a_full_disk_ends_every_rank_and_the_former_one_stays(
     fault: str, rank: int, background: bool, tmp_path: Path, ranks: Ranks
 ) -> None:
     """An OSError with one text; nothing half written is left; and with space again, saving works again."""
-    if fault == "staging.copy" and not background:
-        fault = "os.pwrite"  # nothing is staged
     assert set(ranks(save_with, 4, "", tmp_path, 1, 0, background)) == {"nothing was raised"}
     errors = ranks(save_with, 4, fault, tmp_path, 2, rank, background)
     assert len({error.removeprefix("[Errno 28] ") for error in errors}) == 1, errors

@@ -118,7 +118,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "nowhere to resume": ("--resume --runs-dir none", r"nothing to resume: no none/new/config\.toml"),
     "another batch": (
         "--resume --name taken --batch-size 8",
-        r"step_00000001 was made with batch_size 4 and seq_len 16",
+        r"step_00000001 was made with batch_size 4, not 8: the order of the data would change",
     ),
     "another model": ("--resume --name taken --num-layers 2", r"was made with another model: num_layers 1, not 2"),
     "a damaged checkpoint": ("--resume --name damaged", r"model\.safetensors is truncated: 1000 of "),

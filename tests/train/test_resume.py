@@ -152,7 +152,8 @@ def test_more_steps_can_be_asked_for(tmp_path: Path, ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"batch_size": 4}, "was made with batch_size 8 and seq_len 16, not 4 and 16: the order of the data would"),
+        ({"batch_size": 4}, "was made with batch_size 8, not 4: the order of the data would change$"),
+        ({"seed": 5}, "was made with seed 0, not 5: the order of the data would change$"),
         ({"model": {"num_layers": 3}}, "was made with another model: num_layers 2, not 3$"),
         (
             {"model": {"rope_theta": 5e5, "norm_eps": 1e-6}},

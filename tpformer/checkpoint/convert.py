@@ -54,7 +54,7 @@ def to_checkpoint(source: Path, target: Path, *, progress: Progress = lambda cou
     """
     opened = Pretrained.open(source)
     degrees = dict.fromkeys(("pp", "dp", "dp_shard", "tp"), 1)
-    meta: dict[str, Any] = {"samples": 0, "seed": 0, "seq_len": 0, "updates": 0, "model": plain(opened.config)}
+    meta: dict[str, Any] = {"samples": 0, "updates": 0, "model": plain(opened.config)}
     documents = model_documents(opened.config, torch.float32, source)
     documents[META] = meta | {"layout": degrees, "versions": versions()}
     with Source(opened.stored) as files:

@@ -55,7 +55,7 @@ class Found:
         if self.config:
             yield "model", str(self.config.get("model_type", "without a model_type"))
         if "step" in meta:
-            samples = f", {meta['samples']:,} samples of {meta['seq_len']:,} tokens" if "samples" in meta else ""
+            samples = f", {meta['samples']:,} samples of {meta['data']['seq_len']:,} tokens" if "data" in meta else ""
             yield "step", f"{meta['step']:,}{samples}"
         if "layout" in meta:
             yield "written by", ", ".join(f"{axis} {size}" for axis, size in meta["layout"].items())

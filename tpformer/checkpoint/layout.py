@@ -27,6 +27,9 @@ class Whole:
         """What its numbers take."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __str__(self) -> str:
+        return f"{self.shape} of {self.dtype}"
+
 
 @dataclass(frozen=True)
 class File:

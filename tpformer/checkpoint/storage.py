@@ -1,7 +1,7 @@
 """Writing safetensors files of whole tensors from many ranks at once, as storage of torch.distributed.checkpoint.
 
 The coordinator lays the tensors out over files and writes the headers; then each rank writes its chunks at their
-places. Nothing is gathered, and no number is held twice.
+places. Nothing is gathered, and a rank makes one chunk's numbers at a time.
 """
 
 import itertools
@@ -28,6 +28,7 @@ from tpformer.checkpoint.chunks import Chunk
 from tpformer.checkpoint.digests import Digest, bytes_of
 from tpformer.checkpoint.files import naming
 from tpformer.checkpoint.layout import MAX_FILE_BYTES, File, Whole, arrange
+from tpformer.checkpoint.reading import summary
 
 
 def write_chunks(found: list[Chunk], writer: "SafetensorsWriter", group: dist.ProcessGroup | None) -> None:
@@ -45,21 +46,43 @@ def write_chunks(found: list[Chunk], writer: "SafetensorsWriter", group: dist.Pr
             _save_alone(state, planner, writer)
         else:
             dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
-    except CheckpointException as caught:
-        raise min(caught.failures.items())[1][0] from None
+    except CheckpointException as caught:  # which is no Exception, and has each rank's error with its stack
+        _, (error, _) = min(caught.failures.items())
+        raise error from None
 
 
 class ChunkPlanner(dcp.DefaultSavePlanner):
-    """Each rank writes the chunks that it has; the state dict is a list of them by tensor."""
+    """Each rank writes the chunks that it has; the state dict is a list of them by tensor.
+
+    Raises ValueError for chunks of which a tensor is not made up, or two of the same place: torch would drop one.
+    """
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._chunks: dict[MetadataIndex, Chunk] = {}
 
     def create_local_plan(self) -> SavePlan:
         """This rank's items."""
         self._chunks = {_index(chunk): chunk for same in self.state_dict.values() for chunk in same}
         self.plan = SavePlan([_item(index, chunk) for index, chunk in self._chunks.items()])
         return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """On the coordinator: as it is, if the chunks tile their tensors; torch looks for those that overlap."""
+        seen: set[MetadataIndex] = set()
+        wholes: dict[str, Whole] = {}
+        missing: dict[str, int] = {}
+        for item in (item for plan in all_plans for item in plan.items):
+            data, key = _data(item), item.index.fqn
+            if item.index in seen:
+                raise ValueError(f"two ranks would write {key} at {tuple(data.chunk.offsets)}: one must be a copy")
+            seen.add(item.index)
+            if (whole := _whole(data)) != wholes.setdefault(key, whole):
+                raise ValueError(f"{key} is {whole} on one rank and {wholes[key]} on another")
+            missing[key] = missing.get(key, math.prod(data.size)) - math.prod(data.chunk.sizes)
+        if wrong := [f"{key} lacks {count} numbers" for key, count in missing.items() if count]:
+            raise ValueError(f"the ranks' parts are not the whole: {summary(wrong)}")
+        return super().create_global_plan(all_plans)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """An item's numbers, contiguous in host memory."""
@@ -95,16 +118,8 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator: lay out the files, make them, and tell each rank where its tensors begin."""
-        wholes: dict[str, Whole] = {}
-        filled: dict[str, int] = {}
-        for item in (item for plan in plans for item in plan.items):
-            data, key = _data(item), item.index.fqn
-            wholes[key] = Whole(tuple(data.size), data.properties.dtype)
-            filled[key] = filled.get(key, 0) + math.prod(data.chunk.sizes)
-        for key, count in filled.items():
-            if count != math.prod(wholes[key].shape):
-                raise ValueError(f"{key} has {math.prod(wholes[key].shape)} numbers, but the ranks hold {count} of it")
-        self._files = arrange(wholes, self.max_file_bytes)
+        found = {item.index.fqn: _data(item) for plan in plans for item in plan.items}
+        self._files = arrange({key: _whole(data) for key, data in found.items()}, self.max_file_bytes)
         for file in self._files:
             path = self.directory / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +153,8 @@ class SafetensorsWriter(StorageWriter):
             Digest(r.index.fqn, tuple(r.index.offset or ()), sizes[r.index], r.storage_data)
             for r in itertools.chain(*results)
         ]
-        self.publish(self._files, sorted(digests, key=lambda digest: (digest.key, digest.start)))
+        order = {key: number for number, key in enumerate(key for file in self._files for key in file.offsets)}
+        self.publish(self._files, sorted(digests, key=lambda digest: (order[digest.key], digest.start)))
 
 
 def runs(shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...]) -> list[int]:
@@ -206,6 +222,10 @@ def _item(index: MetadataIndex, chunk: Chunk) -> WriteItem:
     box = ChunkStorageMetadata(torch.Size(chunk.start), torch.Size(chunk.size))
     data = TensorWriteData(box, TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def _whole(data: TensorWriteData) -> Whole:
+    return Whole(tuple(data.size), data.properties.dtype)
 
 
 def _data(item: WriteItem) -> TensorWriteData:

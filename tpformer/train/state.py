@@ -45,8 +45,7 @@ def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimiz
     """Everything but tensors that a run needs to go on, and who wrote it."""
     found: dict[str, Any] = {
         "samples": step * config.run.batch_size,
-        "seed": config.run.seed,
-        "seq_len": config.data.seq_len,
+        "data": _data(config),
         "updates": optimizer.steps,
         "model": plain(model),
         "layout": {name: getattr(mesh, name).size for name in ("pp", "dp", "dp_shard", "tp")},
@@ -60,21 +59,14 @@ def meta_of(config: TrainConfig[Any], model: Any, mesh: Mesh, step: int, optimiz
 def check_meta(path: Path, meta: dict[str, Any], config: TrainConfig[Any], model: Any) -> None:
     """Raises ValueError naming what differs, where the run of a checkpoint cannot go on with this configuration."""
     check_model(path, meta["model"], model)
-    batch_size, seq_len = meta["samples"] // max(meta["step"], 1), meta["seq_len"]
-    if meta["step"] and (batch_size, seq_len) != (config.run.batch_size, config.data.seq_len):
-        raise ValueError(
-            f"{path} was made with batch_size {batch_size} and seq_len {seq_len}, "
-            f"not {config.run.batch_size} and {config.data.seq_len}: the order of the data would change"
-        )
+    if meta["step"] and (differing := _differing(meta["data"], _data(config))):
+        raise ValueError(f"{path} was made with {differing}: the order of the data would change")
 
 
 def check_model(path: Path, theirs: dict[str, Any], model: Any) -> None:
     """Raises ValueError naming what differs between the model of a directory and the one to be trained."""
-    ours = plain(model)
-    differing = [name for name in ours | theirs if name not in MAY_CHANGE and ours.get(name) != theirs.get(name)]
-    if differing:
-        values = ", ".join(f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}" for name in differing)
-        raise ValueError(f"{path} was made with another model: {values}")
+    if differing := _differing(theirs, plain(model), MAY_CHANGE):
+        raise ValueError(f"{path} was made with another model: {differing}")
 
 
 def begin_with(directory: Path, optimizer: Optimizer, model: Any, mesh: Mesh) -> None:
@@ -90,3 +82,13 @@ def begin_with(directory: Path, optimizer: Optimizer, model: Any, mesh: Mesh) ->
 
     opened = together(matching, mesh.world)
     together(lambda: optimizer.load_weights(opened.fill), mesh.world)
+
+
+def _differing(theirs: dict[str, Any], ours: dict[str, Any], may: tuple[str, ...] = ()) -> str:
+    names = [name for name in ours | theirs if name not in may and ours.get(name) != theirs.get(name)]
+    return ", ".join(f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}" for name in names)
+
+
+def _data(config: TrainConfig[Any]) -> dict[str, int]:
+    """What the order of the samples depends on."""
+    return {"batch_size": config.run.batch_size, "seq_len": config.data.seq_len, "seed": config.run.seed}
