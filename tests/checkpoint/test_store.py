@@ -1,5 +1,6 @@
 """A checkpoint has the same bytes from every layout, is read at any other, bit for bit, and holds no pickle."""
 
+import itertools
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from tests.checkpoint.cases import (
     MODELS,
     bits,
     blank,
+    differing,
     known_of,
     load,
     load_tiny,
@@ -98,7 +100,7 @@ def test_the_files_hold_whole_tensors_and_nothing_else(model: str, saved: dict[s
 
 
 def test_large_ones_are_several_files_with_an_index(tmp_path: Path) -> None:
-    """In the order of the layers; one that is larger than a file alone; the same numbers read again."""
+    """One that is larger than a file alone; the same numbers read again."""
     found = parts("gpt-untied", Mesh(), 1)
     path = save_checkpoint(tmp_path, 1, chunks(found), {}, max_file_bytes=8000)
     for folder in (path, path / "optimizer"):
@@ -115,16 +117,14 @@ def test_large_ones_are_several_files_with_an_index(tmp_path: Path) -> None:
             sizes[name] = sum(x.nbytes for x in tensors.values())
             assert sizes[name] <= 8000 or len(tensors) == 1
         assert index["metadata"]["total_size"] == sum(sizes.values())
-    expected = blank(found)
-    load_checkpoint(path, expected, Axis("world"))
-    assert [bits(x.local) == bits(y.local) for x, y in zip(found, expected, strict=True)] == [True] * len(found)
-    first = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert first["transformer.h.0.ln_1.weight"] <= first["transformer.h.1.ln_1.weight"]
+    read = blank(found)
+    load_checkpoint(path, read, Axis("world"))
+    assert differing(found, read) == []
 
 
 def test_there_is_no_pickle_in_it(saved: dict[str, list[Path]]) -> None:
     """Two kinds of file, each in its own plain format: JSON, and a length, a JSON header and numbers to the end."""
-    for path in (path for paths in saved.values() for path in paths):
+    for path in itertools.chain(*saved.values()):
         for name, content in contents(path).items():
             if name.endswith(".json"):
                 json.loads(content)
