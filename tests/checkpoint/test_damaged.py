@@ -98,9 +98,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def errors_of_loading(layout: Layout, paths: list[Path]) -> list[str]:
     """On a rank: what loading each path raises, before anything of what is to be filled has changed."""
     mesh = layout.mesh()
-    found = []
+    needed, found = parts(MODEL, mesh, 0), []
     for path in paths:
-        filled = blank(parts(MODEL, mesh, 0))
+        filled = blank(needed)
         try:
             load_checkpoint(path, filled, mesh.world)
             found.append("nothing was raised")

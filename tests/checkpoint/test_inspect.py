@@ -1,8 +1,6 @@
 """`tpformer checkpoint inspect`: what is printed of a run's checkpoint and of anyone's directory, and its status."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,15 +105,6 @@ def test_a_hugging_face_directory(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "inspect", str(tmp_path)]) == 1
     assert "holds no model.safetensors" in capsys.readouterr().err
-
-
-def test_as_a_program(checkpoint: Path) -> None:
-    """The bar is on stderr only."""
-    command = [sys.executable, "-W", "error", "-m", "tpformer", "checkpoint", "inspect", str(checkpoint)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("every checksum is right\n")
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (128, "128 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")])

@@ -1,5 +1,6 @@
 """A checkpoint has the same bytes from every layout, is read at any other, bit for bit, and holds no pickle."""
 
+import itertools
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from tests.checkpoint.cases import (
     MODELS,
     bits,
     blank,
+    differing,
     known_of,
     load,
     load_tiny,
@@ -98,7 +100,7 @@ def test_the_files_hold_whole_tensors_and_nothing_else(model: str, saved: dict[s
 
 
 def test_large_ones_are_several_files_with_an_index(tmp_path: Path) -> None:
-    """In the order of the layers; one that is larger than a file alone; the same numbers read again."""
+    """One that is larger than a file alone; the same numbers read again."""
     found = parts("gpt-untied", Mesh(), 1)
     path = save_checkpoint(tmp_path, 1, chunks(found), {}, max_file_bytes=8000)
     for folder in (path, path / "optimizer"):
@@ -115,16 +117,14 @@ def test_large_ones_are_several_files_with_an_index(tmp_path: Path) -> None:
             sizes[name] = sum(x.nbytes for x in tensors.values())
             assert sizes[name] <= 8000 or len(tensors) == 1
         assert index["metadata"]["total_size"] == sum(sizes.values())
-    expected = blank(found)
-    load_checkpoint(path, expected, Axis("world"))
-    assert [bits(x.local) == bits(y.local) for x, y in zip(found, expected, strict=True)] == [True] * len(found)
-    first = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert first["transformer.h.0.ln_1.weight"] <= first["transformer.h.1.ln_1.weight"]
+    read = blank(found)
+    load_checkpoint(path, read, Axis("world"))
+    assert differing(found, read) == []
 
 
 def test_there_is_no_pickle_in_it(saved: dict[str, list[Path]]) -> None:
     """Two kinds of file, each in its own plain format: JSON, and a length, a JSON header and numbers to the end."""
-    for path in (path for paths in saved.values() for path in paths):
+    for path in itertools.chain(*saved.values()):
         for name, content in contents(path).items():
             if name.endswith(".json"):
                 json.loads(content)
@@ -218,12 +218,6 @@ def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
 # which one is the latest, and which go
 
 
-def write(directory: Path, *steps: int) -> None:
-    """Tiny checkpoints of these steps."""
-    for step in steps:
-        save_tiny(directory, step)
-
-
 def steps_in(directory: Path) -> list[int]:
     """All that is there, which must be checkpoints."""
     return sorted(int(p.name.removeprefix("step_")) for p in directory.iterdir())
@@ -231,7 +225,8 @@ def steps_in(directory: Path) -> list[int]:
 
 def test_the_latest_is_the_complete_one_of_the_highest_step(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nowhere") is None
-    write(tmp_path, 900, 1000, 9)
+    for step in (900, 1000, 9):
+        save_tiny(tmp_path, step)
     (tmp_path / ".step_00002000.partial").mkdir()
     (tmp_path / ".step_00002000.partial" / "meta.json").write_text("{}")
     (tmp_path / "step_00003000").mkdir()
@@ -240,7 +235,8 @@ def test_the_latest_is_the_complete_one_of_the_highest_step(tmp_path: Path) -> N
 
 
 def test_pruning_keeps_the_latest_and_removes_leftovers(tmp_path: Path) -> None:
-    write(tmp_path, 1, 2, 3, 10)
+    for step in (1, 2, 3, 10):
+        save_tiny(tmp_path, step)
     for left in (".step_00000009.partial", ".step_00000003.replaced", ".step_00000001.removed"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "model.safetensors").write_bytes(b"x")
@@ -271,7 +267,8 @@ def test_the_last_and_every_so_many_stay(retention: Retention, left: list[int], 
 
 def test_pruning_goes_on_where_a_killed_one_stopped(tmp_path: Path) -> None:
     """A leftover of the same step is in the way of nothing."""
-    write(tmp_path, 1, 2)
+    for step in (1, 2):
+        save_tiny(tmp_path, step)
     (tmp_path / ".step_00000001.removed").mkdir()
     (tmp_path / ".step_00000001.removed" / "meta.json").write_text("{}")
     prune_checkpoints(tmp_path, Retention(1))
@@ -280,7 +277,8 @@ def test_pruning_goes_on_where_a_killed_one_stopped(tmp_path: Path) -> None:
 
 def test_what_is_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it removes the first of two: that one is not among the complete ones any more."""
-    write(tmp_path, 1, 2, 3)
+    for step in (1, 2, 3):
+        save_tiny(tmp_path, step)
 
     def killed(path: Path, **_: object) -> None:
         next(path.glob("*.safetensors")).unlink()
