@@ -102,6 +102,11 @@ def axis_name(group: dist.ProcessGroup) -> str:
     return group.group_desc.removeprefix("mesh_").replace("default_pg", "world")
 
 
+def is_of_communication(error: BaseException) -> bool:
+    """Whether it was raised by a process group whose peers are gone or late."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 @contextmanager
 def naming_lost_ranks(rank: int, when: Callable[[], str]) -> Iterator[None]:
     """Turn what communication raises if a peer is gone, or late, into one line; when: "step 12". Raises LostRankError.
@@ -113,7 +118,7 @@ def naming_lost_ranks(rank: int, when: Callable[[], str]) -> Iterator[None]:
     except LostRankError:
         raise
     except (RuntimeError, dist.DistError) as error:
-        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+        if not is_of_communication(error):
             raise
         wait = waiting(list(traceback.walk_tb(error.__traceback__))[::-1])
         late = "timed out" in str(error).lower()

@@ -27,8 +27,8 @@ from tpformer.train.config import TrainConfig
 from tpformer.train.corpus import Corpus
 from tpformer.train.first_steps import FirstSteps
 from tpformer.train.log import MetricsFile, peak_flops, plot_loss
-from tpformer.train.lost_ranks import Watchdog, naming_lost_ranks
-from tpformer.train.replicas import ReplicaDriftError, check_replicas
+from tpformer.train.lost_ranks import Watchdog, is_of_communication, naming_lost_ranks
+from tpformer.train.replicas import check_replicas
 from tpformer.train.schedule import learning_rate
 from tpformer.train.state import begin_with, check_meta, documents, meta_of, parts_of
 from tpformer.train.step import StepOptions, StepReport
@@ -99,8 +99,9 @@ class Trainer:
             ):
                 try:
                     self._train(bar)
-                except (Stopped, FloatingPointError, ReplicaDriftError):  # on every rank
-                    self._log_saved(self.checkpoints.wait())
+                except Exception as error:  # what is being written still becomes a checkpoint, if all are there
+                    if not is_of_communication(error):
+                        self._log_saved(self.checkpoints.wait())
                     raise
                 self._log_saved(self.checkpoints.wait())
             return self._finish()
