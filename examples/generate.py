@@ -87,7 +87,12 @@ def stop_tokens(directory: Path) -> tuple[int, ...]:
 
 
 def batch(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens, padded to the left, and the mask that says which are; both int64 (b, s)."""
+    """Tokens, padded to the left, and the mask that says which are; both int64 (b, s).
+
+    Raises ValueError for a prompt without tokens.
+    """
+    if not all(prompts):
+        raise ValueError(f"prompt {prompts.index([]) + 1} of {len(prompts)} has no token: give some text to continue")
     length = max(map(len, prompts))
     tokens = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
