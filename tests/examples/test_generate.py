@@ -103,6 +103,7 @@ def test_what_is_wrong_is_one_line(options: list[str], message: str, llama: Path
     arguments = [str(llama / "model"), "def", "--device", "cpu", *options]
     results = ranks(run, 2, "generate", arguments)
     assert [code for code, _, _ in results] == [2, 2]
+    assert [out for _, out, _ in results] == ["", ""], "not even the prompt"
     assert results[1][2] == ""
     (line,) = results[0][2].splitlines()
     assert line.startswith("generate.py: error: ")
