@@ -30,13 +30,12 @@ def main(arguments: list[str]) -> int:
         tokenizer = load_tokenizer(find_tokenizer(options.directory))
         tokens, mask = batch([tokenizer.prompt(text) for text in options.prompts], mesh.device)
         one = len(options.prompts) == 1
-        if chief and one:
-            print(options.prompts[0], end="", flush=True)
+        writer = Writer(tokenizer, options.prompts[0])
         found = model.generate(
             tokens,
             attention_mask=mask,
             max_new_tokens=options.max_new_tokens,
-            stream=Writer(tokenizer) if chief and one else None,
+            stream=writer if chief and one else None,
             progress=not one,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -52,7 +51,9 @@ def main(arguments: list[str]) -> int:
     if chief:
         rows = found[:, tokens.shape[1] :].tolist()
         print(
-            "" if one else "\n".join(f"\n{p}{text(tokenizer, r)}" for p, r in zip(options.prompts, rows, strict=True))
+            writer.rest()
+            if one
+            else "\n".join(f"\n{p}{text(tokenizer, r)}" for p, r in zip(options.prompts, rows, strict=True))
         )
     mesh.close()
     return 0
@@ -87,7 +88,12 @@ def stop_tokens(directory: Path) -> tuple[int, ...]:
 
 
 def batch(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens, padded to the left, and the mask that says which are; both int64 (b, s)."""
+    """Tokens, padded to the left, and the mask that says which are; both int64 (b, s).
+
+    Raises ValueError for a prompt without tokens.
+    """
+    if not all(prompts):
+        raise ValueError(f"prompt {prompts.index([]) + 1} of {len(prompts)} has no token: give some text to continue")
     length = max(map(len, prompts))
     tokens = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
@@ -100,18 +106,21 @@ def text(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 class Writer:
-    """Prints one text as it comes, each time what is new of it."""
+    """Prints a prompt and its continuation as that comes, each time what is new."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._ids, self._printed = tokenizer, list[int](), ""
+    def __init__(self, tokenizer: Tokenizer, prompt: str):
+        self._tokenizer, self._prompt, self._ids, self._printed = tokenizer, prompt, list[int](), 0
 
     def __call__(self, column: Tensor) -> None:
         self._ids += column.tolist()
-        whole = text(self._tokenizer, self._ids)
-        if whole.endswith("\ufffd"):  # in the middle of a character
-            return
-        print(whole[len(self._printed) :], end="", flush=True)
-        self._printed = whole
+        new = self.rest()
+        if not new.endswith("\ufffd"):  # in the middle of a character
+            print(new, end="", flush=True)
+            self._printed += len(new)
+
+    def rest(self) -> str:
+        """What has not been printed."""
+        return (self._prompt + text(self._tokenizer, self._ids))[self._printed :]
 
 
 if __name__ == "__main__":

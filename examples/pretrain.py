@@ -151,6 +151,8 @@ def begin(trainer: Trainer) -> None:
 
 def show(report: TrainReport, directory: Path) -> None:
     """The result, for people."""
+    gain = report.unigram - report.validation_loss
+    where = "below" if gain > 0 else "above"
     if report.trace is not None:
         print(f"\ncommunication of one training step, as this rank saw it\n{report.trace.table()}")
     if report.memory:
@@ -161,7 +163,7 @@ def show(report: TrainReport, directory: Path) -> None:
         print(f"\na sample\n{'-' * 60}\n{report.sample}\n{'-' * 60}")
     print(
         f"\nheld-out loss      {report.validation_loss:.4f} nats per token, after {report.steps} steps\n"
-        f"unigram entropy    {report.unigram:.4f}  ({report.unigram - report.validation_loss:+.4f} below it)\n"
+        f"unigram entropy    {report.unigram:.4f}  (the loss is {abs(gain):.4f} {where} it)\n"
         f"ln(vocabulary)     {report.uniform:.4f}\n\n"
         f"{directory}/  config.toml  metrics.jsonl  loss.png  checkpoints/"
     )

@@ -97,12 +97,18 @@ def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "", None])
-def test_no_config_json(text: str | None, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="missing, damaged or without a model_type"):
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_damaged_config_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="damaged or without a model_type"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "meta-llama/Llama-3.2-1B", "file"])
+def test_no_config_json(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(ValueError, match=r"config\.json is missing: .*nothing is downloaded.*step_"):
+        read_config(tmp_path / name)
 
 
 def test_yarns_attention_factor_from_mscale(tmp_path: Path) -> None:

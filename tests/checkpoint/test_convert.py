@@ -48,6 +48,19 @@ def test_there_and_back(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
+def test_a_checkpoint_is_never_replaced(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(source, tmp_path / "checkpoints") == 0
+    step = tmp_path / "checkpoints" / "step_00000000"
+    before = {path: path.read_bytes() for path in step.iterdir()}
+    capsys.readouterr()
+    assert convert(source, tmp_path / "checkpoints") == 1
+    assert f"{step} is a checkpoint already" in capsys.readouterr().err
+    for origin in (step, source):
+        assert convert(origin, step, "--to", "huggingface", "--dtype", "bfloat16", "--overwrite") == 1
+        assert f"{step} is a run's checkpoint" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in step.iterdir()} == before
+
+
 def test_another_dtype(source: Path, tmp_path: Path) -> None:
     assert convert(source, tmp_path / "half", "--to", "huggingface", "--dtype", "bfloat16") == 0
     before, after = load_file(source / SINGLE), load_file(tmp_path / "half" / SINGLE)

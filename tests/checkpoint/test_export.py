@@ -78,7 +78,7 @@ def test_what_is_in_the_way_stays_unless_it_is_to_go(layout: Layout, tmp_path: P
     assert set(ranks(export, count, layout, path)) == {"nothing was raised"}, "it is empty"
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     for error in ranks(export, count, layout, path, torch.bfloat16):
-        assert re.match(r"ValueError: .*model is not empty: give another, or overwrite=True$", error)
+        assert re.match(r"ValueError: .*model is not empty: give another, or ask to overwrite it$", error)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     other = tmp_path / "photos"
     other.mkdir()

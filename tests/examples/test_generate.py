@@ -103,10 +103,16 @@ def test_what_is_wrong_is_one_line(options: list[str], message: str, llama: Path
     arguments = [str(llama / "model"), "def", "--device", "cpu", *options]
     results = ranks(run, 2, "generate", arguments)
     assert [code for code, _, _ in results] == [2, 2]
+    assert [out for _, out, _ in results] == ["", ""], "not even the prompt"
     assert results[1][2] == ""
     (line,) = results[0][2].splitlines()
     assert line.startswith("generate.py: error: ")
     assert message in line
+
+
+def test_a_prompt_without_tokens_is_named() -> None:
+    with pytest.raises(ValueError, match="prompt 2 of 3 has no token"):
+        generate.batch([[1, 2], [], [3]], torch.device("cpu"))
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
@@ -137,6 +143,13 @@ def test_finetuning_goes_there_and_back(llama: Path, ranks: Ranks, tmp_path: Pat
     for name, one in outputs[1].items():
         assert (one - outputs[2][name]).abs().max() < 1e-5 * one.abs().max()
         assert not torch.equal(one, before[name])
+
+
+def test_finetuning_refuses_before_it_trains(llama: Path, ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    results = ranks(run, 2, "finetune", tune(llama, tmp_path, 2, 1e-3))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert results[0][2] == f"finetune_from_hf.py: error: {tmp_path} is not empty: give another\n", "no progress bar"
 
 
 def test_finetuning_learns(llama: Path, ranks: Ranks, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def mask(*rows: list[int]) -> dict[str, torch.Tensor]:
         (prompt()[:0], {}, r"tokens \(0, 7\) must be"),
         (prompt() + 95, {}, r"token \d+ must be in 0\.\.100"),
         (prompt() - 50, {}, r"token -\d+ must be in 0\.\.100"),
-        (prompt(), {"stop_tokens": (3, 101)}, r"token 101 must be in 0\.\.100"),
+        (prompt(), {"stop_tokens": (3, 101)}, r"stop token 101 must be in 0\.\.100"),
         (prompt(3), mask([1, 1, 1]), r"attention_mask \(1, 3\) must have the shape \(2, 3\)"),
         (prompt(3), mask([1, 1, 1], [1, 1, 0]), r"row 1 must be zeros, then at least one 1: pad prompts on the left"),
         (prompt(3), mask([1, 0, 1], [1, 1, 1]), r"row 0 must be zeros"),

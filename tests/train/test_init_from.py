@@ -17,6 +17,7 @@ from tests.train import runs
 from tpformer import Mesh, ParallelConfig
 from tpformer.__main__ import main
 from tpformer.checkpoint.huggingface import read_config
+from tpformer.data import ByteTokenizer
 from tpformer.placement import gather_full
 from tpformer.train.config import TrainConfig
 from tpformer.train.flags import parse_config
@@ -92,6 +93,24 @@ def test_flags_take_the_model_from_the_directory(source: Path) -> None:
         parse_config(["--init-from", str(source), "--family", "gpt"])
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         parse_config(["--init-from", str(source / "nowhere")])
+
+
+def test_flags_take_the_tokenizer_from_the_directory(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    asked = ["--init-from", str(tmp_path)]
+    assert parse_config(asked).data.tokenizer == "byte", "there is none"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert parse_config(asked).data.tokenizer == str(tmp_path / "tokenizer.json")
+    assert parse_config([*asked, "--tokenizer", "byte"]).data.tokenizer == "byte"
+
+
+def test_the_sample_of_a_model_with_more_ids_than_its_tokenizer(tmp_path: Path) -> None:
+    """An untrained model draws ids from all of its vocabulary; those without a text are left out."""
+    config = runs.config(steps=1, sample_tokens=8, prompt="f")
+    config = replace(config, model=replace(config.model, vocab_size=4096, max_seq_len=32))
+    corpus = replace(runs.corpus(), vocab_size=4096, tokenizer=ByteTokenizer())
+    report = Trainer(config, Mesh(), corpus, tmp_path).run()
+    assert report.sample.startswith("f")
 
 
 def test_another_model_is_refused(source: Path, tmp_path: Path) -> None:

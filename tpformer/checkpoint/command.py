@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
     convert.add_argument("target", type=Path, help="a Hugging Face directory, or where step_00000000 is to be")
     convert.add_argument("--to", choices=["huggingface", "checkpoint"], help="by default what the source is not")
     convert.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of a Hugging Face directory")
-    convert.add_argument("--overwrite", action="store_true", help="replace a directory that has a config.json")
+    convert.add_argument("--overwrite", action="store_true", help="replace a Hugging Face directory")
     convert.set_defaults(run=run_convert)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tpformer.checkpoint.chunks import Chunk
 from tpformer.checkpoint.digests import Digest
 from tpformer.checkpoint.layout import MAX_FILE_BYTES, File
-from tpformer.checkpoint.store import finish, texts_of, write_directory
+from tpformer.checkpoint.store import META, finish, texts_of, write_directory
 from tpformer.collectives import together
 from tpformer.mesh import Axis
 
@@ -27,7 +27,7 @@ def write_weights(
     """Write every rank's chunks as one directory, which appears at the end; collective over the world.
 
     documents: small files by name. A rank holds one chunk in host memory at a time. overwrite: a directory
-    with a config.json is replaced, with all that is in it.
+    with a config.json is replaced, with all that is in it, but no checkpoint of a run.
     Raises ValueError, on every rank, for a directory that is in the way, OSError for a disk that is full.
     """
     directory = directory.absolute()
@@ -55,7 +55,9 @@ def gloo_group(world: Axis) -> Iterator[dist.ProcessGroup | None]:
 def _make_way(directory: Path, overwrite: bool) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
+    if (directory / META).exists():
+        raise ValueError(f"{directory} is a run's checkpoint, with an optimizer: it is not replaced, give another")
     if not overwrite:
-        raise ValueError(f"{directory} is not empty: give another, or overwrite=True")
+        raise ValueError(f"{directory} is not empty: give another, or ask to overwrite it")
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} has no config.json: a model's directory would be replaced, this one is not")

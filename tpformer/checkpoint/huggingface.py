@@ -131,8 +131,13 @@ def read_config(directory: Path) -> tuple[ModuleType, Config]:
     try:
         table = json.loads(path.read_text())
         kind = table.pop("model_type")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{path} is missing: give a Hugging Face directory on this machine (nothing is downloaded), "
+            "or one of a run's checkpoints, <run>/checkpoints/step_..."
+        ) from error
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is missing, damaged or without a model_type: {error!r}") from error
+        raise ValueError(f"{path} cannot be read, is damaged or without a model_type: {error!r}") from error
     if kind not in FAMILIES:
         raise ValueError(f"{path}: model_type {kind!r} is not supported, only {', '.join(FAMILIES)}")
     fields = Fields(table)

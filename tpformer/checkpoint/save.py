@@ -42,7 +42,7 @@ def save_pretrained(
     Whole tensors in safetensors files with their index, config.json, generation_config.json. Each rank writes what it
     holds, one tensor at a time, at its place: nothing is gathered. dtype: in the files, by default the model's.
     like: the directory of the model that this one came from, whose tokenizer and special tokens go along.
-    overwrite: replace a directory that has a config.json.
+    overwrite: replace a directory that has a config.json and is no checkpoint of a run.
     Raises ValueError, on every rank, for a model that no family of Hugging Face has, or a directory that is in the
     way; OSError for a disk that is full.
     """

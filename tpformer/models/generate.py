@@ -128,5 +128,5 @@ def _check(config: Any, tokens: Tensor, mask: Tensor | None, max_new_tokens: int
     wrong = wrong if mask is None else wrong & mask
     stops = [token for token in sampling.stop_tokens if not 0 <= token < vocab_size]
     if wrong.any() or stops:
-        token = stops[0] if stops else int(tokens[wrong][0])
-        raise ValueError(f"token {token} must be in 0..{vocab_size - 1} (vocab_size {vocab_size})")
+        token = f"stop token {stops[0]}" if stops else f"token {int(tokens[wrong][0])}"
+        raise ValueError(f"{token} must be in 0..{vocab_size - 1} (vocab_size {vocab_size})")

@@ -65,8 +65,7 @@ class RunConfig:
     name: str = ""
     """The run's directory below runs_dir; by default the date and time (with --resume, the latest run)."""
     init_from: str = ""
-    """A Hugging Face directory, or a run's checkpoint (runs/x/checkpoints/step_00000200), whose model and weights the
-    run begins with; give its tokenizer with --tokenizer."""
+    """A Hugging Face directory, or a run's checkpoint, whose model, weights and tokenizer the run begins with."""
     resume: bool = False
     """Go on from the last checkpoint of a run, with its configuration and whatever flags are given."""
     timeline: bool = False

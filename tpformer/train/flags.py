@@ -13,9 +13,10 @@ import tomli_w
 import tyro
 
 from tpformer.checkpoint.huggingface import read_config
+from tpformer.data import find_tokenizer
 from tpformer.models.gpt import GPTConfig
 from tpformer.models.llama import LlamaConfig
-from tpformer.train.config import SMALL_GPT, SMALL_LLAMA, TrainConfig
+from tpformer.train.config import SMALL_GPT, SMALL_LLAMA, DataConfig, TrainConfig
 
 
 def parse_config(arguments: list[str], *, quiet: bool = False) -> TrainConfig[Any]:
@@ -58,7 +59,7 @@ def _default(family: str, init_from: str) -> TrainConfig[Any]:
     found: Any = "gpt" if isinstance(model, GPTConfig) else "llama"
     if family not in ("", found):
         raise ValueError(f"family ({family}) must be {found}, the family of {init_from}")
-    return TrainConfig(model, found)
+    return TrainConfig(model, found, data=DataConfig(tokenizer=find_tokenizer(Path(init_from))))
 
 
 def find_run(runs_dir: Path, name: str) -> Path:

@@ -249,7 +249,9 @@ class Trainer:
         tokens = torch.tensor([seen], device=self.mesh.device)
         new = min(run.sample_tokens, limit - len(seen))
         ids = generate(self.runner, tokens, max_new_tokens=new, temperature=0.8, top_k=40, seed=run.seed)
-        return tokenizer.decode(prompt + ids[0, len(seen) :].tolist())
+        new_ids = ids[0, len(seen) :].tolist()
+        # a model opened by --init-from may have more ids than its tokenizer
+        return tokenizer.decode(prompt + [token for token in new_ids if token < tokenizer.vocab_size])
 
 
 def _due(step: int, interval: int) -> bool:
