@@ -33,6 +33,9 @@ def main(arguments: list[str]) -> int:
         together(lambda: check_free(options.output), mesh.world)  # before, not after, the training
         # fp32 to learn in; the optimizer keeps it, and rounds it to what the model computes in
         model = tpformer.load_pretrained(options.model, mesh=mesh, dtype=torch.float32)
+        longest = model.config.max_seq_len
+        if options.seq_len > longest:
+            raise ValueError(f"--seq-len ({options.seq_len}) must be at most the model's max_seq_len ({longest})")
         data = DataConfig(data=options.data, tokenizer=find_tokenizer(options.model), seq_len=options.seq_len)
         corpus = together(lambda: load_corpus(data, model.config.vocab_size, progress=chief), mesh.world)
         train(model, corpus, options)

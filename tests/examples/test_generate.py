@@ -167,6 +167,8 @@ def loss(directory: Path, llama: Path) -> float:
 
 
 def test_finetuning_says_what_is_wrong(llama: Path, tmp_path: Path) -> None:
+    long = [str(llama / "model"), str(tmp_path / "out"), "--seq-len", "65", "--device", "cpu"]
+    assert "--seq-len (65) must be at most the model's max_seq_len (64)" in run("finetune", long)[2]
     code, _, err = run("finetune", [str(tmp_path), str(tmp_path / "out"), "--device", "cpu"])
     assert code == 2
     assert "finetune_from_hf.py: error: " in err
