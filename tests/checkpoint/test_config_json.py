@@ -87,6 +87,38 @@ def test_what_would_change_the_numbers_is_named(fields: dict[str, Any], message:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_missing_field_is_what_transformers_makes_of_it(kind: str, tmp_path: Path) -> None:
+    """The length too, which is where a scaling without one of its own begins: it would change every rotation."""
+    rope = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    fields = table(kind, hidden_size=128, num_attention_heads=32, rope_scaling=rope)
+    del fields["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours, theirs = read_config(tmp_path)[1], transformers.AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(ours, LlamaConfig)
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.rope_scaling.original_max_seq_len == theirs.rope_parameters["original_max_position_embeddings"]
+    assert ours.kv_heads == theirs.num_key_value_heads
+    assert ours.attention.head_dim == getattr(theirs, "head_dim", 128 // 32)
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert (ours.rope_theta, ours.norm_eps) == (theirs.rope_parameters["rope_theta"], theirs.rms_norm_eps)
+    assert (ours.tie_embeddings, ours.activation) == (theirs.tie_word_embeddings, theirs.hidden_act)
+
+
+def test_null_is_a_value_only_where_transformers_takes_it(tmp_path: Path) -> None:
+    fields = table("mistral", num_key_value_heads=None, head_dim=None, sliding_window=None)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = read_config(tmp_path)[1]
+    assert isinstance(config, LlamaConfig)
+    assert (config.kv_heads, config.attention.head_dim, config.sliding_window) == (4, 8, None)
+    wrong = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    fields |= dict.fromkeys(wrong) | {"rope_scaling": {"rope_type": "yarn", "factor": None}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"factor \(None\) must be of type float") as caught:
+        read_config(tmp_path)
+    assert all(f"{name} (None) must be of type" in str(caught.value) for name in wrong)
+
+
 def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:
     fields = table(hidden_act="relu", mlp_bias=True, surprise=[1])
     del fields["vocab_size"]
