@@ -33,12 +33,13 @@ class Stored:
 def stored_tensors(directory: Path) -> dict[str, Stored]:
     """Every tensor of a Hugging Face directory by name, from the files' headers.
 
+    A single file goes before an index, as in transformers.
     Raises ValueError naming a file that is missing, damaged or truncated, and tensors on which file and index differ.
     """
     index = directory / INDEX
+    if (directory / SINGLE).is_file():
+        return header(directory / SINGLE)
     if not index.is_file():
-        if (directory / SINGLE).is_file():
-            return header(directory / SINGLE)
         raise ValueError(f"{directory} holds no {SINGLE} and no {INDEX}{_pickles(directory)}")
     try:
         where: dict[str, str] = json.loads(index.read_text())["weight_map"]
