@@ -17,7 +17,7 @@ from tpformer.checkpoint.export import write_weights
 from tpformer.checkpoint.huggingface import Pretrained
 from tpformer.checkpoint.reading import DTYPES, Source
 from tpformer.checkpoint.save import model_documents
-from tpformer.checkpoint.store import META, plain, save_checkpoint, verify, versions
+from tpformer.checkpoint.store import META, latest_checkpoint, plain, save_checkpoint, verify, versions
 from tpformer.mesh import Axis
 
 Progress = Callable[[int], object]
@@ -50,8 +50,11 @@ def to_huggingface(
 def to_checkpoint(source: Path, target: Path, *, progress: Progress = lambda count: None) -> Path:
     """Write a Hugging Face directory as target/step_00000000, from which `--resume` goes on with fresh moments.
 
-    In fp32, as a run keeps its weights. Raises ValueError for a source that is damaged or not supported.
+    In fp32, as a run keeps its weights. Raises ValueError for a source that is damaged or not supported, and for a
+    target that has checkpoints: a run would go on with the latest of them.
     """
+    if there := latest_checkpoint(target):
+        raise ValueError(f"{there} is there already: give a directory without checkpoints")
     opened = Pretrained.open(source)
     degrees = dict.fromkeys(("pp", "dp", "dp_shard", "tp"), 1)
     meta: dict[str, Any] = {"samples": 0, "updates": 0, "model": plain(opened.config)}
