@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     mesh = Mesh.create(tp=int(os.environ.get("WORLD_SIZE", "1")), device=options.device)
     chief = mesh.world.rank == 0
     try:
+        together(lambda: check_output(options.output), mesh.world)
         # fp32 to learn in; the optimizer keeps it, and rounds it to what the model computes in
         model = tpformer.load_pretrained(options.model, mesh=mesh, dtype=torch.float32)
         data = DataConfig(data=options.data, tokenizer=find_tokenizer(options.model), seq_len=options.seq_len)
@@ -46,6 +47,12 @@ def main(arguments: list[str]) -> int:
         print(f"{options.output}, opened by transformers:\n{corpus.tokenizer.decode(known)}")
     mesh.close()
     return 0
+
+
+def check_output(directory: Path) -> None:
+    """Raises ValueError where nothing could be written at the end."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ValueError(f"{directory} is not empty: give another")
 
 
 def train(model: Any, corpus: Corpus, options: argparse.Namespace) -> None:

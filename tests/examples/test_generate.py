@@ -153,6 +153,14 @@ def loss(directory: Path, llama: Path) -> float:
     return model(tokens, labels=tokens).loss.item()
 
 
+def test_an_output_in_the_way_is_said_before_training(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = run("finetune", tune(llama, tmp_path, 2, 1e-3))
+    assert code == 2
+    assert f"{tmp_path} is not empty" in err
+    assert "0/2" not in err
+
+
 def test_finetuning_says_what_is_wrong(llama: Path, tmp_path: Path) -> None:
     code, _, err = run("finetune", [str(tmp_path), str(tmp_path / "out"), "--device", "cpu"])
     assert code == 2

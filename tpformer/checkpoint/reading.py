@@ -99,12 +99,10 @@ class Source:
                 box.put(local, self.read(box))
 
 
-def differences(
-    stored: dict[str, Stored], expected: dict[str, tuple[int, ...]], *, optional: Iterable[str] = ()
-) -> list[str]:
+def differences(stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> list[str]:
     """What is missing, unknown, misshapen or of a dtype that is no plain float."""
     wrong = [f"missing {name}" for name in expected if name not in stored]
-    wrong += [f"unknown {name}" for name in stored if name not in expected and name not in optional]
+    wrong += [f"unknown {name}" for name in stored if name not in expected]
     for name, found in stored.items():
         if name in expected and found.shape != expected[name]:
             wrong.append(f"{name} has shape {found.shape}, expected {expected[name]}")
