@@ -105,6 +105,21 @@ def test_a_missing_field_is_what_transformers_makes_of_it(kind: str, tmp_path: P
     assert (ours.tie_embeddings, ours.activation) == (theirs.tie_word_embeddings, theirs.hidden_act)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        gpt2(n_ctx=1024, n_special=0, predict_special_tokens=True, output_past=True, summary_activation=None),
+        table(max_sequence_length=2048, pad_token_id=0, torch_dtype="float16", rope_scaling=None),
+    ],
+    ids=["gpt2-medium", "llama-7b"],
+)
+def test_what_the_first_files_of_a_family_have_beside(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Fields that no version of transformers computes with."""
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = read_config(tmp_path)[1]
+    assert config.max_seq_len == transformers.AutoConfig.from_pretrained(tmp_path).max_position_embeddings
+
+
 def test_null_is_a_value_only_where_transformers_takes_it(tmp_path: Path) -> None:
     fields = table("mistral", num_key_value_heads=None, head_dim=None, sliding_window=None)
     (tmp_path / "config.json").write_text(json.dumps(fields))

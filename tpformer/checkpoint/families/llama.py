@@ -40,7 +40,7 @@ def read_decoder(
     theta, scaling = read_rope(fields, length)
     for switch in ("rope_interleaved", "use_mrope"):
         fields.expect(switch, False)
-    fields.ignore("is_llama_config")
+    fields.ignore("is_llama_config", "max_sequence_length")  # the second: older files, no version reads it
     return {
         "vocab_size": fields.take("vocab_size"),
         "hidden_size": fields.take("hidden_size"),
