@@ -13,6 +13,7 @@ from tests.models.test_transformers_llama import CASES
 from tests.proofs.cases import VARIANTS, Config, gpt, llama
 from tpformer import LlamaConfig, RopeScaling
 from tpformer.checkpoint.huggingface import config_json, read_config
+from tpformer.layers.rope import rope_frequencies
 
 CONFIGS: dict[str, Config] = {name: config for name, config in VARIANTS.items() if "out-bias" not in name}
 CONFIGS |= {f"case {name}": config for name, (config, _, _) in CASES.items()}
@@ -161,6 +162,20 @@ def test_yarns_attention_factor_from_mscale(tmp_path: Path) -> None:
     _, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs)
     assert isinstance(ours, LlamaConfig)
     assert ours.rope_scaling.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("original", [4, 8, 12, 13, 64, 4096])
+@pytest.mark.parametrize("beta_slow", [1.0, 2.0])
+def test_yarns_ramp_is_transformers_however_short_the_context(original: int, beta_slow: float, tmp_path: Path) -> None:
+    """Below 2 pi beta_slow tokens the ramp ends before it begins."""
+    rope = {"rope_type": "yarn", "factor": 2.0, "beta_slow": beta_slow, "original_max_position_embeddings": original}
+    (tmp_path / "config.json").write_text(json.dumps(table(head_dim=128, rope_parameters=rope)))
+    config = read_config(tmp_path)[1]
+    assert isinstance(config, LlamaConfig)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    frequencies, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    found, _ = rope_frequencies(128, config.rope_theta, config.rope_scaling)
+    assert torch.allclose(found, frequencies, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
