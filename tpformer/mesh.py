@@ -133,7 +133,8 @@ def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
     torchrun gives workers that it starts again (--max-restarts) the store of those before them, in which ranks may
     read a dead process's address, and hang (pytorch issue 135712). So rank 0 opens one of its own, and the others
-    look for it: the port of one that is dead takes nobody in.
+    look for it: the port of one that is dead takes nobody in. Once all have come it is no longer announced, so that
+    a rank that makes its next mesh before rank 0 has closed this one waits.
     """
     launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -143,6 +144,8 @@ def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
         store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         store.set("here", (mark := uuid.uuid4().hex))
         launchers.set("tpformer_store", f"{store.port} {mark}")
+        store.wait([f"rank {other}" for other in range(1, world_size)])
+        launchers.delete_key("tpformer_store")
         return store, rank, world_size
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
@@ -152,6 +155,7 @@ def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
             store = dist.TCPStore(host, int(port), timeout=patience, wait_for_workers=False)
             if store.check(["here"]) and store.get("here").decode() == mark:
                 store.set_timeout(timeout)
+                store.set(f"rank {rank}", "here")
                 return store, rank, world_size
         time.sleep(0.05)
     raise TimeoutError(f"rank {rank} found no store of rank 0 at {host} in {timeout.total_seconds():.0f} s")

@@ -13,6 +13,7 @@ from tests.models.test_transformers_llama import CASES
 from tests.proofs.cases import VARIANTS, Config, gpt, llama
 from tpformer import LlamaConfig, RopeScaling
 from tpformer.checkpoint.huggingface import config_json, read_config
+from tpformer.layers.rope import rope_frequencies
 
 CONFIGS: dict[str, Config] = {name: config for name, config in VARIANTS.items() if "out-bias" not in name}
 CONFIGS |= {f"case {name}": config for name, (config, _, _) in CASES.items()}
@@ -87,6 +88,53 @@ def test_what_would_change_the_numbers_is_named(fields: dict[str, Any], message:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_missing_field_is_what_transformers_makes_of_it(kind: str, tmp_path: Path) -> None:
+    """The length too, which is where a scaling without one of its own begins: it would change every rotation."""
+    rope = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    fields = table(kind, hidden_size=128, num_attention_heads=32, rope_scaling=rope)
+    del fields["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours, theirs = read_config(tmp_path)[1], transformers.AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(ours, LlamaConfig)
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.rope_scaling.original_max_seq_len == theirs.rope_parameters["original_max_position_embeddings"]
+    assert ours.kv_heads == theirs.num_key_value_heads
+    assert ours.attention.head_dim == getattr(theirs, "head_dim", 128 // 32)
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert (ours.rope_theta, ours.norm_eps) == (theirs.rope_parameters["rope_theta"], theirs.rms_norm_eps)
+    assert (ours.tie_embeddings, ours.activation) == (theirs.tie_word_embeddings, theirs.hidden_act)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        gpt2(n_ctx=1024, n_special=0, predict_special_tokens=True, output_past=True, summary_activation=None),
+        table(max_sequence_length=2048, pad_token_id=0, torch_dtype="float16", rope_scaling=None),
+    ],
+    ids=["gpt2-medium", "llama-7b"],
+)
+def test_what_the_first_files_of_a_family_have_beside(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Fields that no version of transformers computes with."""
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = read_config(tmp_path)[1]
+    assert config.max_seq_len == transformers.AutoConfig.from_pretrained(tmp_path).max_position_embeddings
+
+
+def test_null_is_a_value_only_where_transformers_takes_it(tmp_path: Path) -> None:
+    fields = table("mistral", num_key_value_heads=None, head_dim=None, sliding_window=None)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = read_config(tmp_path)[1]
+    assert isinstance(config, LlamaConfig)
+    assert (config.kv_heads, config.attention.head_dim, config.sliding_window) == (4, 8, None)
+    wrong = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    fields |= dict.fromkeys(wrong) | {"rope_scaling": {"rope_type": "yarn", "factor": None}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"factor \(None\) must be of type float") as caught:
+        read_config(tmp_path)
+    assert all(f"{name} (None) must be of type" in str(caught.value) for name in wrong)
+
+
 def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:
     fields = table(hidden_act="relu", mlp_bias=True, surprise=[1])
     del fields["vocab_size"]
@@ -120,6 +168,20 @@ def test_yarns_attention_factor_from_mscale(tmp_path: Path) -> None:
     _, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs)
     assert isinstance(ours, LlamaConfig)
     assert ours.rope_scaling.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("original", [4, 8, 12, 13, 64, 4096])
+@pytest.mark.parametrize("beta_slow", [1.0, 2.0])
+def test_yarns_ramp_is_transformers_however_short_the_context(original: int, beta_slow: float, tmp_path: Path) -> None:
+    """Below 2 pi beta_slow tokens the ramp ends before it begins."""
+    rope = {"rope_type": "yarn", "factor": 2.0, "beta_slow": beta_slow, "original_max_position_embeddings": original}
+    (tmp_path / "config.json").write_text(json.dumps(table(head_dim=128, rope_parameters=rope)))
+    config = read_config(tmp_path)[1]
+    assert isinstance(config, LlamaConfig)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    frequencies, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    found, _ = rope_frequencies(128, config.rope_theta, config.rope_scaling)
+    assert torch.allclose(found, frequencies, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

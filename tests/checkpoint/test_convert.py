@@ -83,6 +83,17 @@ def test_a_tied_head_that_is_a_copy_is_left_out(source: Path, tmp_path: Path) ->
     assert not (tmp_path / "more").exists()
 
 
+def test_the_checkpoints_of_a_run_are_neither_replaced_nor_added_to(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run would go on with its latest one, as if nothing had been converted."""
+    assert convert(source, tmp_path) == 0
+    (tmp_path / "step_00000000").rename(tmp_path / "step_00000400")
+    assert convert(source, tmp_path) == 1
+    assert "step_00000400 is a checkpoint already" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000400"]
+
+
 def test_one_tensor_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     most = 0

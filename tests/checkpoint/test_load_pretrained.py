@@ -44,6 +44,22 @@ def test_an_index_of_many_files_is_the_same(case: str, ranks: Ranks, tmp_path: P
             assert mismatches(one, found, 1e-5) == []
 
 
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    """Some directories have both, and not of the same weights; transformers opens the single one."""
+    case = "untied-gelu-257"
+    save_case(case, tmp_path, max_shard_size="12KB")
+    many = tpformer.full_parameter(tpformer.load_pretrained(tmp_path), "norm.weight").clone()
+    torch.manual_seed(1)
+    model = test_transformers_gpt2.oracle(case)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.add_(1)
+    model.save_pretrained(tmp_path / "single")
+    (tmp_path / "single" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    found = tpformer.full_parameter(tpformer.load_pretrained(tmp_path), "norm.weight")
+    assert torch.equal(found, type(model).from_pretrained(tmp_path).transformer.ln_f.weight)
+    assert torch.equal(found, many + 1)
+
+
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_dtypes_of_files_and_of_models(kind: torch.dtype, tmp_path: Path) -> None:
     model = LLAMAS.oracle("llama-kv2-tied", "eager").to(kind)

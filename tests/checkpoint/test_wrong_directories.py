@@ -75,6 +75,11 @@ WRONG: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
         lambda d: rewrite(d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
         ("lm_head.weight differs from the embedding",),
     ),
+    (
+        "tied",
+        lambda d: rewrite(d, lambda t: t.update({"lm_head.weight": torch.cat([t["model.embed_tokens.weight"]] * 2)})),
+        ("lm_head.weight has shape",),
+    ),
 ]
 
 

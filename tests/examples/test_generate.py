@@ -166,6 +166,14 @@ def loss(directory: Path, llama: Path) -> float:
     return model(tokens, labels=tokens).loss.item()
 
 
+def test_an_output_in_the_way_is_said_before_training(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = run("finetune", tune(llama, tmp_path, 2, 1e-3))
+    assert code == 2
+    assert f"{tmp_path} is not empty" in err
+    assert "0/2" not in err
+
+
 def test_finetuning_says_what_is_wrong(llama: Path, tmp_path: Path) -> None:
     long = [str(llama / "model"), str(tmp_path / "out"), "--seq-len", "65", "--device", "cpu"]
     assert "--seq-len (65) must be at most the model's max_seq_len (64)" in run("finetune", long)[2]

@@ -37,6 +37,13 @@ def test_the_filters_keep_exactly_the_likeliest() -> None:
         assert found == kept, (top_k, top_p)
 
 
+def test_top_p_1_leaves_all() -> None:
+    """Whatever the sum of the probabilities is rounded to."""
+    wide = 3 * torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    assert (wide.softmax(-1).sort(-1, descending=True).values.cumsum(-1)[:, :-1] >= 1).any()
+    assert torch.equal(keep_likeliest(wide, None, 1.0), wide)
+
+
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("top_k", [None, 1, 5, 96, 97, 500])
 def test_the_filters_are_transformers(top_k: int | None, top_p: float | None) -> None:

@@ -93,6 +93,7 @@ def run_parallel(config: TrainConfig[Any], directory: Path, stop_after: int | No
     trainer.sampler.samples = watched  # type: ignore[method-assign]
     with contextlib.suppress(Killed):
         trainer.run()
+    trainer.checkpoints.wait()  # the last one of a run that was killed may still be written
     return seen
 
 

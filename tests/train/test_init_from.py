@@ -113,6 +113,20 @@ def test_the_sample_of_a_model_with_more_ids_than_its_tokenizer(tmp_path: Path) 
     assert report.sample.startswith("f")
 
 
+def test_a_damaged_checkpoint_is_refused_before_its_weights_are_used(source: Path, tmp_path: Path) -> None:
+    """A flipped bit, which no header shows; from a directory without checksums nobody can tell."""
+    assert main(["checkpoint", "convert", str(source), str(tmp_path)]) == 0
+    step = tmp_path / "step_00000000"
+    Trainer(configured(step), Mesh(), runs.corpus(), tmp_path / "run")
+    content = bytearray((step / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (step / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: the checksum of"):
+        Trainer(configured(step), Mesh(), runs.corpus(), tmp_path / "run")
+    (step / "meta.json").unlink()
+    Trainer(configured(step), Mesh(), runs.corpus(), tmp_path / "run")
+
+
 def test_another_model_is_refused(source: Path, tmp_path: Path) -> None:
     config = configured(source)
     other = replace(config, model=replace(config.model, num_layers=1, norm_eps=0.5))

@@ -1,6 +1,7 @@
 """A rank that dies or hangs in a step: every other ends within the time-out and says for what it waited."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -8,15 +9,21 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.checkpoint.cases import parts
+from tests.proofs.cases import Layout
 from tests.proofs.compositions import VOCABULARY, Composition, batch
 from tests.train.forked import Fault, FaultyTrace, Survivor, forked
 from tpformer import Mesh, ParallelConfig
+from tpformer.checkpoint.background import Checkpoints
+from tpformer.checkpoint.storage import SafetensorsWriter
 from tpformer.train.build import build
-from tpformer.train.lost_ranks import Watchdog, naming_lost_ranks, pending_entries
+from tpformer.train.lost_ranks import Watchdog, naming_lost_ranks, pending_entries, waiting
 from tpformer.train.step import StepOptions, train_step
 
 SECONDS = 1.5
@@ -103,6 +110,50 @@ def test_the_other_rank_says_for_what_it_waited(name: str, how: int, alone: Proc
     else:
         assert "rank 0 waited" in line
         assert SECONDS - 1 < survivor.seconds < SECONDS + 2  # the last beat came before the fault
+
+
+def saving(rank: int, directory: Path, how: int) -> None:
+    """On a rank: a save in the background, in which the last one meets with the fault, and the wait for it."""
+    mesh = Layout(2).mesh()
+    checkpoints = Checkpoints(directory, mesh)
+    if rank == mesh.world.size - 1:
+        write: Any = SafetensorsWriter
+        write.write_data = lambda *_: os.kill(os.getpid(), how)
+    with naming_lost_ranks(rank, lambda: "in step 2"), Watchdog(SECONDS, rank, lambda: "in step 2"):
+        checkpoints.save(1, parts("gpt-untied", mesh, 1), {})
+        checkpoints.wait()
+
+
+def save_with(directory: Path, how: int) -> list[Survivor]:
+    """In the process that is forked."""
+    return forked(saving, 2, directory, how)
+
+
+@pytest.mark.parametrize("how", [KILL, STOP], ids=lambda how: signal.Signals(how).name)
+def test_lost_in_the_background_s_save(how: int, alone: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """The main thread waits for its own other thread: the line says for what that one waits."""
+    (survivor,) = alone.submit(save_with, tmp_path, how).result()
+    assert survivor.code == 1, survivor
+    expected = r"(waited \d s for|lost a peer in) \w+ on checkpoint \(2 ranks\), issued at checkpoint/storage\.py:\d+"
+    assert re.search(expected + ", in step 2: another rank", survivor.err), survivor.err
+
+
+@pytest.mark.parametrize(
+    ("path", "foreign"),
+    [
+        ("/home/me/tpformer/layers/linear.py", False),
+        ("/opt/lib/python3.11/site-packages/tpformer/layers/linear.py", False),
+        ("/opt/lib/python3.11/site-packages/torch/nn/modules/module.py", True),
+        ("/src/torch/nn/modules/module.py", True),
+        ("/opt/lib/python3.11/threading.py", True),
+        ("<string>", True),
+    ],
+)
+def test_call_sites_are_this_library_s_wherever_it_is_installed(path: str, foreign: bool) -> None:
+    code = compile("import sys\nframe = sys._getframe()", path, "exec")
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert (waiting([(scope["frame"], 7)]).site == "?") == foreign
 
 
 def test_every_rank_of_four_ends(alone: ProcessPoolExecutor) -> None:

@@ -70,5 +70,5 @@ class Checkpoints:
         Held by torch only, so that Mesh.close ends it: one that outlives the interpreter aborts it.
         """
         if self.mesh.world.size > 1 and self._group() is None:
-            self._group = weakref.ref(dist.new_group(backend="gloo"))
+            self._group = weakref.ref(dist.new_group(backend="gloo", group_desc="checkpoint"))
         return self._group()

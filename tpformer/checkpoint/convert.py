@@ -51,7 +51,7 @@ def to_checkpoint(source: Path, target: Path, *, progress: Progress = lambda cou
     """Write a Hugging Face directory as target/step_00000000, from which `--resume` goes on with fresh moments.
 
     In fp32, as a run keeps its weights. Raises ValueError for a source that is damaged or not supported, and for a
-    target that has checkpoints.
+    target that has checkpoints: a run would go on with the latest of them.
     """
     there = latest_checkpoint(target)
     if there is not None:

@@ -44,7 +44,7 @@ def write_weights(
 @contextmanager
 def gloo_group(world: Axis) -> Iterator[dist.ProcessGroup | None]:
     """A group of all ranks on the CPU, for a while; None for a process alone."""
-    group = dist.new_group(backend="gloo") if world.size > 1 else None
+    group = dist.new_group(backend="gloo", group_desc="checkpoint") if world.size > 1 else None
     try:
         yield group
     finally:

@@ -33,18 +33,20 @@ class Fields:
         self._left = {name: value for name, value in table.items() if name[:1] != "_" and name not in _HARMLESS}
         self.problems: list[str] = []
 
-    def take(self, name: str, default: Any = _REQUIRED, kind: type | tuple[type, ...] = int) -> Any:
-        """A field of this type, None where it is null; a wrong or missing one is noted, and the default given."""
+    def take(self, name: str, default: Any = _REQUIRED, kind: type = int, *, null: bool = False) -> Any:
+        """A field of this type; a wrong or missing one is noted, and the default given.
+
+        null: it may be null, which is None, as it may be anyway where that is the default.
+        """
         value = self._left.pop(name, default)
         if value is _REQUIRED:
             self.problems.append(f"{name} is missing")
             return 1
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if float in kinds and type(value) is int:
+        if kind is float and type(value) is int:
             return float(value)
-        if value is None or type(value) in kinds:
+        if type(value) is kind or (value is None and (null or default is None)):
             return value
-        self.problems.append(f"{name} ({value!r}) must be of type {' or '.join(k.__name__ for k in kinds)}")
+        self.problems.append(f"{name} ({value!r}) must be of type {kind.__name__}")
         return 1 if default is _REQUIRED else default
 
     def choose(self, name: str, choices: dict[Any, Any], default: Any) -> Any:

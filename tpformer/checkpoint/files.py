@@ -43,7 +43,8 @@ def put_in_place(partial: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
         os.rename(partial, final)
+        sync_directory(final.parent)
         shutil.rmtree(old)
     else:
         os.rename(partial, final)
-    sync_directory(final.parent)
+        sync_directory(final.parent)

@@ -46,8 +46,10 @@ class Pretrained:
         config = replace(config, **changes)
         names = {kept.name: kept for kept in family.names(config)}
         stored = renamed(stored_tensors(path), family.PREFIX, family.IGNORED)
-        tied = ("lm_head.weight",) if config.tie_embeddings else ()  # a copy, which fill() compares
-        wrong = differences(stored, expected_shapes(config, names), optional=tied)
+        expected = expected_shapes(config, names)
+        if config.tie_embeddings and "lm_head.weight" in stored:  # a copy, whose numbers fill() compares
+            expected["lm_head.weight"] = expected[names["embedding.weight"].tensors[0]]
+        wrong = differences(stored, expected)
         if wrong:
             raise ValueError(f"{path} does not fit its config.json: {summary(wrong)}")
         return Pretrained(path, config, names, stored)

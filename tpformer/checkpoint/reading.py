@@ -33,12 +33,13 @@ class Stored:
 def stored_tensors(directory: Path) -> dict[str, Stored]:
     """Every tensor of a Hugging Face directory by name, from the files' headers.
 
+    A single file goes before an index, as in transformers.
     Raises ValueError naming a file that is missing, damaged or truncated, and tensors on which file and index differ.
     """
     index = directory / INDEX
+    if (directory / SINGLE).is_file():
+        return header(directory / SINGLE)
     if not index.is_file():
-        if (directory / SINGLE).is_file():
-            return header(directory / SINGLE)
         raise ValueError(f"{directory} holds no {SINGLE} and no {INDEX}{_pickles(directory)}")
     try:
         where: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -98,12 +99,10 @@ class Source:
                 box.put(local, self.read(box))
 
 
-def differences(
-    stored: dict[str, Stored], expected: dict[str, tuple[int, ...]], *, optional: Iterable[str] = ()
-) -> list[str]:
+def differences(stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> list[str]:
     """What is missing, unknown, misshapen or of a dtype that is no plain float."""
     wrong = [f"missing {name}" for name in expected if name not in stored]
-    wrong += [f"unknown {name}" for name in stored if name not in expected and name not in optional]
+    wrong += [f"unknown {name}" for name in stored if name not in expected]
     for name, found in stored.items():
         if name in expected and found.shape != expected[name]:
             wrong.append(f"{name} has shape {found.shape}, expected {expected[name]}")

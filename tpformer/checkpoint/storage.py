@@ -126,6 +126,7 @@ class SafetensorsWriter(StorageWriter):
             with naming(path), path.open("wb") as opened:
                 opened.write(file.header)
                 opened.truncate(file.bytes)
+                os.fsync(opened.fileno())  # the ranks that write to it may be on other machines
         where = {key: (file.name, begin) for file in self._files for key, begin in file.offsets.items()}
         return [replace(plan, storage_data={i.index.fqn: where[i.index.fqn] for i in plan.items}) for plan in plans]
 

@@ -80,5 +80,5 @@ def _yarn(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
 
     low = max(math.floor(dim_of(scaling.beta_fast)), 0)
     high = min(math.ceil(dim_of(scaling.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2, device=frequencies.device).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, device=frequencies.device).float() - low) / (high - low or 0.001)).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)

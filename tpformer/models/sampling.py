@@ -88,7 +88,7 @@ def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Te
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # of 1 rounding would leave some out
         probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first token always stays
         logits = logits.masked_fill(beyond.gather(1, order.argsort(dim=-1)), -torch.inf)

@@ -74,7 +74,7 @@ class RunConfig:
     """Write torch's record of a step's allocations, on CUDA, for pytorch.org/memory_viz."""
     timeout_seconds: float = 600.0
     """One of several ranks for which no step (or evaluation batch, or checkpoint) ends in this time ends, and says for
-    which collective it waited; to be longer than any step."""
+    which collective it waited; to be longer than any step, and than a checkpoint, for whose end a run waits."""
     check_replicas: int = 0
     """Steps between comparisons of all copies of weights and moments, bit for bit, by checksums; 0 never compares."""
     device: Literal["auto", "cpu"] = "auto"

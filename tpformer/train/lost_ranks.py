@@ -6,6 +6,7 @@ nothing was finished in time, reads where the main thread stands, and ends the p
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ Place = tuple[FrameType, int]
 _OF_WORK = {1: "all_reduce", 4: "all_gather", 5: "all_gather", 9: "reduce_scatter", 16: "reduce_scatter"}
 _OF_WORK |= {0: "broadcast", 12: "send", 13: "recv", 15: "barrier"}  # torch's OpType
 _PLUMBING = ("tpformer/collectives.py", "tpformer/overlap.py", "tpformer/trace.py", "train/lost_ranks.py")
+_FOREIGN = re.compile(r"/(site|dist)-packages/(?!tpformer/)|/lib/python3[^/]*/(?!(site|dist)-packages/)|/torch/|<")
+"""Paths of torch, Python and other packages; this one may be installed beside them."""
 
 
 class LostRankError(RuntimeError):
@@ -63,7 +66,7 @@ def waiting(places: Iterable[Place]) -> Waiting:
             found.op = _plain(name)
         elif "distributed/fsdp/" in path and not found.op:
             found.op = "all_gather" if "all_gather" in name or "unshard" in name else ""
-        if not path.endswith(_PLUMBING) and not any(part in path for part in ("/site-packages/", "/torch/", "<")):
+        if not path.endswith(_PLUMBING) and not _FOREIGN.search(path):
             found.site = f"{'/'.join(path.split('/')[-2:])}:{line}"
     return found
 
@@ -167,14 +170,20 @@ class Watchdog:
 
 
 def _live(frames: dict[int, FrameType], main: int) -> list[Place]:
-    """Where the main thread stands; on CUDA backward runs in another thread, for which it waits."""
+    """Where the main thread stands, or the thread for which it waits: of a backward on CUDA, of a checkpoint."""
     here = list(traceback.walk_stack(frames[main]))
     if here[0][0].f_code.co_name == "_engine_run_backward":
-        for ident, frame in frames.items():
-            there = list(traceback.walk_stack(frame))
-            if ident != main and any("tpformer/layers" in f.f_code.co_filename.replace("\\", "/") for f, _ in there):
-                return there + here
-    return here
+        busy = "tpformer/layers/"
+    elif _through(here, "tpformer/checkpoint/background.py"):
+        busy = "tpformer/checkpoint/storage.py"
+    else:
+        return here
+    others = (list(traceback.walk_stack(frame)) for ident, frame in frames.items() if ident != main)
+    return next((there for there in others if _through(there, busy)), []) + here
+
+
+def _through(places: list[Place], path: str) -> bool:
+    return any(path in frame.f_code.co_filename.replace("\\", "/") for frame, _ in places)
 
 
 def _pending_nccl() -> str:

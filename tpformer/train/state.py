@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tpformer.checkpoint.chunks import Part
 from tpformer.checkpoint.huggingface import Pretrained, config_json, family_of
-from tpformer.checkpoint.store import META, OPTIMIZER, plain, versions
+from tpformer.checkpoint.store import META, OPTIMIZER, plain, verify, versions
 from tpformer.collectives import together
 from tpformer.mesh import Mesh
 from tpformer.placement import Placement
@@ -72,10 +72,13 @@ def check_model(path: Path, theirs: dict[str, Any], model: Any) -> None:
 def begin_with(directory: Path, optimizer: Optimizer, model: Any, mesh: Mesh) -> None:
     """Take over the weights of a Hugging Face directory, or of a run's checkpoint; collective.
 
-    Raises ValueError, on every rank, for one that is damaged or of another model.
+    Raises ValueError, on every rank, for one that is damaged or of another model; of a checkpoint's bytes each rank
+    verifies a share.
     """
 
     def matching() -> Pretrained:
+        if (directory / META).exists():
+            verify(directory, mesh.world.rank, mesh.world.size)
         opened = Pretrained.open(directory, max_seq_len=model.max_seq_len)  # a table of positions has that many
         check_model(directory, plain(opened.config), model)
         return opened

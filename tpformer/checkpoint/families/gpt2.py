@@ -28,6 +28,7 @@ def read(fields: Fields) -> dict[str, Any]:
     fields.expect("add_cross_attention", False)
     fields.ignore("n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout")
     fields.ignore("summary_proj_to_labels", "summary_type", "summary_use_proj")
+    fields.ignore("n_special", "predict_special_tokens")  # of the larger models' files
     return {
         "vocab_size": fields.take("vocab_size", 50257),
         "hidden_size": fields.take("n_embd", 768),

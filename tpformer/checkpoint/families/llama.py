@@ -32,20 +32,22 @@ def write(config: LlamaConfig) -> dict[str, Any]:
     return write_decoder(config) | {"attention_bias": config.qkv_bias, "mlp_bias": False}
 
 
-def read_decoder(fields: Fields) -> dict[str, Any]:
-    """What every family of this shape says in the same fields."""
-    length = fields.take("max_position_embeddings", 2048)
+def read_decoder(
+    fields: Fields, length: int = 2048, kv_heads: int | None = None, head_dim: int | None = None
+) -> dict[str, Any]:
+    """What every family of this shape says in the same fields; the numbers are what a missing one means in each."""
+    length = fields.take("max_position_embeddings", length)
     theta, scaling = read_rope(fields, length)
     for switch in ("rope_interleaved", "use_mrope"):
         fields.expect(switch, False)
-    fields.ignore("is_llama_config")
+    fields.ignore("is_llama_config", "max_sequence_length")  # the second: older files, no version reads it
     return {
         "vocab_size": fields.take("vocab_size"),
         "hidden_size": fields.take("hidden_size"),
         "num_layers": fields.take("num_hidden_layers"),
         "num_heads": fields.take("num_attention_heads"),
-        "num_kv_heads": fields.take("num_key_value_heads", None),
-        "head_dim": fields.take("head_dim", None),
+        "num_kv_heads": fields.take("num_key_value_heads", kv_heads, null=True),
+        "head_dim": fields.take("head_dim", head_dim),
         "ffn_hidden_size": fields.take("intermediate_size"),
         "max_seq_len": length,
         "activation": fields.choose("hidden_act", _ACTIVATIONS, "silu"),
@@ -81,7 +83,7 @@ def write_decoder(config: LlamaConfig) -> dict[str, Any]:
 
 def read_window(fields: Fields, layers: int) -> int | None:
     """Qwen's sliding window, which is all layers' or none's here."""
-    window = fields.take("sliding_window", 4096)
+    window = fields.take("sliding_window", 4096, null=True)
     switched_on = fields.take("use_sliding_window", False, bool)
     first, types = fields.take("max_window_layers", 28), fields.take("layer_types", None, list)
     window = window if switched_on else None

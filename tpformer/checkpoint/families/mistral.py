@@ -13,7 +13,8 @@ PREFIX, IGNORED, names = llama.PREFIX, llama.IGNORED, llama.names
 
 def read(fields: Fields) -> dict[str, Any]:
     """The LlamaConfig's fields."""
-    return llama.read_decoder(fields) | {"sliding_window": fields.take("sliding_window", 4096)}
+    found = llama.read_decoder(fields, length=131072, kv_heads=8)
+    return found | {"sliding_window": fields.take("sliding_window", 4096, null=True)}
 
 
 def write(config: LlamaConfig) -> dict[str, Any]:

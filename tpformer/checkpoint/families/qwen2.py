@@ -13,7 +13,7 @@ PREFIX, IGNORED, names = llama.PREFIX, llama.IGNORED, llama.names
 
 def read(fields: Fields) -> dict[str, Any]:
     """The LlamaConfig's fields."""
-    found = llama.read_decoder(fields)
+    found = llama.read_decoder(fields, length=32768, kv_heads=32)
     return found | {"sliding_window": llama.read_window(fields, found["num_layers"]), "qkv_bias": True}
 
 

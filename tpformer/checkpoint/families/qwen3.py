@@ -13,11 +13,11 @@ PREFIX, IGNORED, names = llama.PREFIX, llama.IGNORED, llama.names
 
 def read(fields: Fields) -> dict[str, Any]:
     """The LlamaConfig's fields."""
-    found = llama.read_decoder(fields)
+    found = llama.read_decoder(fields, length=32768, kv_heads=32, head_dim=128)
     bias = fields.take("attention_bias", False, bool)
     window = llama.read_window(fields, found["num_layers"])
     biases = {"qkv_bias": bias, "out_bias": bias}
-    return found | biases | {"head_dim": found["head_dim"] or 128, "sliding_window": window, "qk_norm": True}
+    return found | biases | {"sliding_window": window, "qk_norm": True}
 
 
 def write(config: LlamaConfig) -> dict[str, Any]:
