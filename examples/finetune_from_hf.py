@@ -72,6 +72,10 @@ def train(model: Any, corpus: Corpus, options: argparse.Namespace) -> None:
             now = StepOptions(options.batch_size, learning_rate(step, options.steps, config), key)
             report = train_step(model, gradients, optimizer, samples, now)
             bar.set_postfix(loss=f"{report.loss:.3f}")
+    model.to(torch.float32)  # where it computed in bf16: what it has learned is in the optimizer's weights
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(optimizer.masters[name])
 
 
 def continue_with_transformers(directory: Path, prompt: list[int]) -> list[int]:

@@ -158,6 +158,15 @@ def test_finetuning_learns(llama: Path, ranks: Ranks, tmp_path: Path) -> None:
     assert last < first - 0.5
 
 
+def test_what_bf16_learns_is_written_in_fp32(llama: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """A rate so small that bf16 rounds each of its updates away."""
+    ranks(run, 2, "finetune", [*tune(llama, tmp_path / "out", 2, 1e-7), "--bf16"])
+    before, after = (load_file(d / "model.safetensors") for d in (llama / "model", tmp_path / "out"))
+    assert all(x.dtype == torch.float32 for x in after.values())
+    moved = {name: (after[name] - x).abs().max() for name, x in before.items()}
+    assert all(0 < distance < 1e-6 for distance in moved.values())
+
+
 def loss(directory: Path, llama: Path) -> float:
     """transformers' own, of some of the text."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
