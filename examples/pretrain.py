@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tpformer import Mesh
-from tpformer.collectives import gather_stack, raise_together
+from tpformer.collectives import gather_stack, raise_together, together
 from tpformer.train.config import TrainConfig
 from tpformer.train.corpus import load_corpus
 from tpformer.train.flags import find_run, parse_config, to_toml
@@ -43,12 +43,12 @@ def main(arguments: list[str]) -> int:
 def pretrain(arguments: list[str], world: Mesh, stop: StopSignal) -> int:
     """Prepare, train, and say what came of it."""
     try:
-        config = together(lambda: parse_config(arguments, quiet=world.world.rank > 0), world)
-        mesh = together(lambda: make_mesh(config), world)
-        corpus = together(lambda: load_corpus(config.data, config.model.vocab_size, progress=chief(world)), world)
+        config = together(lambda: parse_config(arguments, quiet=world.world.rank > 0), world.world)
+        mesh = together(lambda: make_mesh(config), world.world)
+        corpus = together(lambda: load_corpus(config.data, config.model.vocab_size, progress=chief(world)), world.world)
         directory = run_directory(config, world)
-        trainer = together(lambda: Trainer(config, mesh, corpus, directory, stop), world)
-        together(lambda: begin(trainer), world)
+        trainer = together(lambda: Trainer(config, mesh, corpus, directory, stop), world.world)
+        together(lambda: begin(trainer), world.world)
     except SystemExit as end:  # help, or flags of which tyro has already said what is wrong
         return int(end.code or 0)
     except (ValueError, OSError, ImportError) as error:
@@ -90,17 +90,6 @@ def complain(error: Exception, world: Mesh) -> None:
         print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)
 
 
-def together(action: Any, world: Mesh) -> Any:
-    """Do it on every rank; if it fails on any, every rank raises that error."""
-    result, problem = None, None
-    try:
-        result = action()
-    except (ValueError, OSError, ImportError, SystemExit) as error:
-        problem = error
-    raise_together(problem, world.world)
-    return result
-
-
 def make_mesh(config: TrainConfig[Any]) -> Mesh:
     """The mesh that the flags ask for."""
     device = None if config.run.device == "auto" else config.run.device
@@ -112,7 +101,7 @@ def run_directory(config: TrainConfig[Any], world: Mesh) -> Path:
     """The directory of this run, the same on every rank; made here unless it is resumed."""
     runs, name = Path(config.run.runs_dir), config.run.name
     if config.run.resume:
-        return together(lambda: find_run(runs, name), world)
+        return together(lambda: find_run(runs, name), world.world)
     now = gather_stack(torch.tensor([time.time()], dtype=torch.float64, device=world.device), world.world)[0].item()
     directory = runs / (name or time.strftime("%Y%m%d-%H%M%S", time.localtime(now)))
 
@@ -122,7 +111,7 @@ def run_directory(config: TrainConfig[Any], world: Mesh) -> Path:
         if chief(world):
             directory.mkdir(parents=True, exist_ok=True)
 
-    together(make, world)
+    together(make, world.world)
     return directory
 
 

@@ -247,10 +247,10 @@ def raise_together(error: BaseException | None, axis: Axis) -> None:
 
 def together(action: Callable[[], T], axis: Axis) -> T:
     """Do it on every rank of the axis; if it fails on any, every rank raises that error (as `raise_together` does)."""
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         result = action()
-    except Exception as caught:
+    except (Exception, SystemExit) as caught:  # the latter of a command line
         error = caught
     raise_together(error, axis)
     return result

@@ -4,6 +4,7 @@ It listens below `torch.distributed`, at its operators (the functional ones and 
 communicates can escape it.
 """
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -47,6 +48,11 @@ _OPERATORS = {
     "fused_matmul_reduce_scatter": "fused_matmul_reduce_scatter",
 }
 _NOT_COLLECTIVE = ("wait_tensor", "_wrap_tensor_autograd")
+_PLUMBING = ("tpformer/trace.py", "tpformer/collectives.py", "tpformer/overlap.py", "train/lost_ranks.py")
+_FOREIGN = re.compile(
+    r"/(site|dist)-packages/(?!tpformer/)|/lib/python3[^/]*/(?!(site|dist)-packages/)|/torch/|/torchinductor|<"
+)
+"""Paths of torch, Python and other packages; this one may be installed beside them."""
 
 
 @dataclass(frozen=True)
@@ -168,19 +174,27 @@ def _axis_name(args: Any) -> str:
             group = dist.ProcessGroup.unbox(argument)
         elif argument is args[-1] and isinstance(argument, str):  # the functional family
             group = _group(argument)
-        if group is not None:  # a DeviceMesh describes the group of its axis "tp" as "mesh_tp"
-            return group.group_desc.removeprefix("mesh_").replace("default_pg", "world")
+        if group is not None:
+            return axis_name(group)
     return "?"
+
+
+def axis_name(group: dist.ProcessGroup) -> str:
+    """The mesh axis of a process group, which a DeviceMesh describes as "mesh_tp"."""
+    return group.group_desc.removeprefix("mesh_").replace("default_pg", "world")
 
 
 def _call_site() -> str:
     """file:line of the nearest caller outside torch, other packages and this library's plumbing."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename.replace("\\", "/")
-        plumbing = path.endswith(("tpformer/trace.py", "tpformer/collectives.py", "tpformer/overlap.py"))
-        elsewhere = any(part in path for part in ("/site-packages/", "/torch/", "/torchinductor", "<"))
-        if not plumbing and not elsewhere:
-            return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}"
+        if site := site_of(frame, frame.f_lineno):
+            return site
         frame = frame.f_back
     return "?"
+
+
+def site_of(frame: FrameType, line: int) -> str:
+    """file:line of a frame; "" for one of torch, Python, other packages and this library's plumbing."""
+    path = frame.f_code.co_filename.replace("\\", "/")
+    return "" if path.endswith(_PLUMBING) or _FOREIGN.search(path) else f"{'/'.join(path.split('/')[-2:])}:{line}"

@@ -6,7 +6,6 @@ nothing was finished in time, reads where the main thread stands, and ends the p
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -22,15 +21,13 @@ import torch.distributed as dist
 
 from tpformer.collectives import Pending
 from tpformer.mesh import Axis
+from tpformer.trace import axis_name, site_of
 
 Place = tuple[FrameType, int]
 """A frame, and the line at which it is."""
 
 _OF_WORK = {1: "all_reduce", 4: "all_gather", 5: "all_gather", 9: "reduce_scatter", 16: "reduce_scatter"}
 _OF_WORK |= {0: "broadcast", 12: "send", 13: "recv", 15: "barrier"}  # torch's OpType
-_PLUMBING = ("tpformer/collectives.py", "tpformer/overlap.py", "tpformer/trace.py", "train/lost_ranks.py")
-_FOREIGN = re.compile(r"/(site|dist)-packages/(?!tpformer/)|/lib/python3[^/]*/(?!(site|dist)-packages/)|/torch/|<")
-"""Paths of torch, Python and other packages; this one may be installed beside them."""
 
 
 class LostRankError(RuntimeError):
@@ -66,8 +63,7 @@ def waiting(places: Iterable[Place]) -> Waiting:
             found.op = _plain(name)
         elif "distributed/fsdp/" in path and not found.op:
             found.op = "all_gather" if "all_gather" in name or "unshard" in name else ""
-        if not path.endswith(_PLUMBING) and not _FOREIGN.search(path):
-            found.site = f"{'/'.join(path.split('/')[-2:])}:{line}"
+        found.site = site_of(frame, line) or "?"
     return found
 
 
@@ -98,11 +94,6 @@ def _plain(name: str) -> str:
     """`all_gather_into_tensor` -> `all_gather`."""
     known = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "send", "recv")
     return next((op for op in known if name.removeprefix("i").startswith(op)), name)
-
-
-def axis_name(group: dist.ProcessGroup) -> str:
-    """The mesh axis of a process group, which a DeviceMesh describes as "mesh_tp"."""
-    return group.group_desc.removeprefix("mesh_").replace("default_pg", "world")
 
 
 def is_of_communication(error: BaseException) -> bool:
