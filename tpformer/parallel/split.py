@@ -1,5 +1,6 @@
 """Which stage of a pipeline has which layers, and which process has which stages; plain numbers, no processes."""
 
+from heapq import heapify, heapreplace
 from itertools import accumulate
 from typing import Any
 
@@ -41,20 +42,15 @@ def balanced(layers: int, stages: int, first: float, block: float, last: float) 
 
     first and last: what the first and the last stage cost beside their blocks.
     """
-
-    def cost(stage: int, count: int) -> float:
-        return (count * block + first * (stage == 0) + last * (stage == stages - 1)) ** 2
-
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # blocks that are placed: the cost, the counts
-    for stage in range(stages):
-        left = stages - stage - 1
-        found: dict[int, tuple[float, list[int]]] = {}
-        for placed, (total, counts) in best.items():
-            for count in range(1, layers - placed - left + 1):
-                candidate = total + cost(stage, count), [*counts, count]
-                found[placed + count] = min(found.get(placed + count, candidate), candidate)
-        best = found
-    return best[layers][1]
+    counts = [1] * stages
+    # a stage's square grows by ever more: giving each block to whom it costs least is best (a later one if equal)
+    costs = [(block + first * (n == 0) + last * (n == stages - 1), -n) for n in range(stages)]
+    heapify(costs)
+    for _ in range(layers - stages):
+        cost, stage = costs[0]
+        counts[-stage] += 1
+        heapreplace(costs, (cost + block, stage))
+    return counts
 
 
 def stages_of(rank: int, config: ParallelConfig) -> list[int]:

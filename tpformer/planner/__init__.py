@@ -1,0 +1,1 @@
+"""What a layout will take: memory, traffic, bubble and time, in plain numbers and without processes."""

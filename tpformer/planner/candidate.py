@@ -1,0 +1,95 @@
+"""One layout of one training step: what memory, traffic and time are counted for."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tpformer.mesh import divide
+from tpformer.models.decoder import Part
+from tpformer.models.gpt import GPTConfig
+from tpformer.models.llama import LlamaConfig
+from tpformer.parallel.split import check_micro_batches, part_of, stage_parts
+from tpformer.parallel_config import ParallelConfig
+
+ModelConfig = LlamaConfig | GPTConfig
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model, how it is split, and the step's tokens. Raises ValueError where a run of it would."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    """dp is given, and dp_shard where dp_mode is hsdp."""
+    seq_len: int
+    """Tokens of a sample."""
+    batch_size: int
+    """Samples of a step, over all replicas."""
+    micro_batch_size: int
+    """Samples of one forward of a replica."""
+    on_cpu: bool = False
+    """Whether processes without GPUs run it."""
+
+    def __post_init__(self) -> None:
+        p, model = self.parallel, self.model
+        if p.dp is None:
+            raise ValueError("a candidate needs dp: how many replicas there are")
+        if p.dp_mode == "hsdp":
+            divide(p.dp, self.shards, "dp", "dp_shard")
+        if self.seq_len > model.max_seq_len:
+            raise ValueError(f"seq_len ({self.seq_len}) must be at most max_seq_len ({model.max_seq_len})")
+        divide(model.num_heads, p.tp, "num_heads")
+        kv_heads = model.attention.num_kv_heads
+        if kv_heads % p.tp and p.tp % kv_heads:
+            raise ValueError(f"num_kv_heads ({kv_heads}) must divide tp ({p.tp}) or be divisible by it")
+        divide(self.ffn_size, p.tp, "ffn_hidden_size")
+        if p.sequence_parallel:
+            divide(self.seq_len, p.tp, "seq_len")
+        samples = divide(self.batch_size, p.dp, "batch_size", "dp")
+        count = divide(samples, self.micro_batch_size, "batch_size / dp", "micro_batch_size")
+        if p.pp > 1:
+            check_micro_batches(p, count)
+
+    @property
+    def dp(self) -> int:
+        """How many replicas, as a plain int."""
+        return self.parallel.dp or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        return self.parallel.pp * self.dp * self.parallel.tp
+
+    @property
+    def shards(self) -> int:
+        """How many replicas share out what dp_mode says; 1 if they share nothing."""
+        p = self.parallel
+        return {"replicate": 1, "hsdp": p.dp_shard or self.dp}.get(p.dp_mode, self.dp)
+
+    @property
+    def micro_batches(self) -> int:
+        """Forwards of a replica in a step."""
+        return self.batch_size // self.dp // self.micro_batch_size
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in what the model computes in."""
+        return 4 if self.parallel.precision == "fp32" else 2
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP."""
+        return self.model.ffn_size if isinstance(self.model, GPTConfig) else self.model.ffn_hidden_size
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The part of each pipeline stage, first to last."""
+        return _parts(self.model, self.parallel, self.seq_len)
+
+    def part(self, pp_rank: int) -> Part:
+        """All that one rank of the pp axis has."""
+        return part_of(pp_rank, list(self.parts), self.parallel)
+
+
+@lru_cache(maxsize=4096)
+def _parts(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> tuple[Part, ...]:
+    return tuple(stage_parts(model, parallel, seq_len))
