@@ -14,7 +14,8 @@ from tpformer import Mesh, trace_communication
 from tpformer.parallel.bubble import alike, disorder, schedule_order, simulate
 from tpformer.parallel.timeline import KINDS, Span, Timeline, idle_seconds, idle_share
 from tpformer.parallel_config import Schedule
-from tpformer.train.timeline_report import COLORS, MeasuredStep, draw, gather_spans, plot, table
+from tpformer.planner.gantt import COLORS
+from tpformer.train.timeline_report import MeasuredStep, draw, gather_spans, plot, table
 
 
 def synthetic(schedule: Schedule, pp: int, micro_batches: int, slow: float = 1.0) -> MeasuredStep:

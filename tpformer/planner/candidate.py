@@ -8,7 +8,7 @@ from tpformer.models.decoder import Part
 from tpformer.models.gpt import GPTConfig
 from tpformer.models.llama import LlamaConfig
 from tpformer.parallel.split import check_micro_batches, part_of, stage_parts
-from tpformer.parallel_config import ParallelConfig
+from tpformer.parallel_config import ParallelConfig, Schedule
 
 ModelConfig = LlamaConfig | GPTConfig
 
@@ -83,13 +83,40 @@ class Candidate:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The part of each pipeline stage, first to last."""
-        return _parts(self.model, self.parallel, self.seq_len)
+        return _parts(self.model, self.seq_len, *self._pipeline)
+
+    @property
+    def rank_kinds(self) -> tuple[tuple[int, Part], ...]:
+        """Of the ranks on the pp axis with as many blocks and the same ends, the first one, and what it has."""
+        return _rank_kinds(self.model, self.seq_len, *self._pipeline)
 
     def part(self, pp_rank: int) -> Part:
         """All that one rank of the pp axis has."""
         return part_of(pp_rank, list(self.parts), self.parallel)
 
+    @property
+    def _pipeline(self) -> tuple[int, Schedule, int, tuple[int, ...]]:
+        p = self.parallel
+        return p.pp, p.pp_schedule, p.stages_per_rank, p.layers_per_stage
+
 
 @lru_cache(maxsize=4096)
-def _parts(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> tuple[Part, ...]:
-    return tuple(stage_parts(model, parallel, seq_len))
+def _parts(
+    model: ModelConfig, seq_len: int, pp: int, schedule: Schedule, per_rank: int, layers: tuple[int, ...]
+) -> tuple[Part, ...]:
+    """Cached by what they depend on: a search asks for the same ones again and again."""
+    config = ParallelConfig(pp=pp, pp_schedule=schedule, stages_per_rank=per_rank, layers_per_stage=layers)
+    return tuple(stage_parts(model, config, seq_len))
+
+
+@lru_cache(maxsize=4096)
+def _rank_kinds(
+    model: ModelConfig, seq_len: int, pp: int, schedule: Schedule, per_rank: int, layers: tuple[int, ...]
+) -> tuple[tuple[int, Part], ...]:
+    config = ParallelConfig(pp=pp, pp_schedule=schedule, stages_per_rank=per_rank, layers_per_stage=layers)
+    parts = list(_parts(model, seq_len, pp, schedule, per_rank, layers))
+    found: dict[tuple[int, bool, bool], tuple[int, Part]] = {}
+    for rank in range(pp):
+        part = part_of(rank, parts, config)
+        found.setdefault((len(part.layers), part.first, part.last), (rank, part))
+    return tuple(found.values())

@@ -15,14 +15,7 @@ from tpformer.mesh import Mesh
 from tpformer.parallel.bubble import Order, disorder, schedule_order, simulate, theoretical_bubble
 from tpformer.parallel.timeline import KINDS, Kind, Span, idle_seconds, idle_share, pipeline_window
 from tpformer.parallel_config import Schedule
-
-COLORS: dict[Kind, str] = {
-    "forward": "#4c8bd6",
-    "backward": "#e0873a",
-    "input gradient": "#e0b13a",
-    "weight gradient": "#5fa85f",
-    "optimizer": "#9a7fbf",
-}
+from tpformer.planner.gantt import draw_rank, legend_of, stages_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ def table(step: MeasuredStep) -> str:
     ]
     for number, (rank, idle) in enumerate(zip(step.ranks, idle_seconds(step.ranks), strict=True)):
         optimizer = _seconds(rank, "optimizer")
-        for place, stage in enumerate(_stages(rank)):
+        for place, stage in enumerate(stages_of(rank)):
             spans = [span for span in rank if span.stage == stage]
             forward, weight = _seconds(spans, "forward"), _seconds(spans, "weight gradient")
             backward = _seconds(spans, "backward", "input gradient")
@@ -129,7 +122,6 @@ def draw(steps: Sequence[MeasuredStep]) -> Any:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     if not steps:
         raise ValueError(f"there is nothing to draw in {len(steps)} steps")
@@ -143,30 +135,15 @@ def draw(steps: Sequence[MeasuredStep]) -> Any:
             f"{_named(step)}: idle {idle_share(step.ranks):.1%} measured, {step.theory:.1%} in theory", fontsize=10
         )
         for number, rank in enumerate(step.ranks):
-            _draw_rank(axes, number, rank, _zero(step), longest)
+            draw_rank(axes, number, rank, _zero(step), longest)
         axes.set_yticks(range(len(step.ranks)), [f"rank {number}" for number in range(len(step.ranks))])
         axes.set_ylim(len(step.ranks) - 0.5, -0.5)  # the first rank on top
         axes.tick_params(left=False)
     panels[-1].set_xlim(0, longest * 1e3 * 1.005)
     panels[-1].set_xlabel("milliseconds")
-    shown = {span.kind for step in steps for rank in step.ranks for span in rank}
-    legend = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in shown]
-    if any(len(_stages(rank)) > 1 for step in steps for rank in step.ranks):
-        legend.append(Patch(color="gray", alpha=0.45, label="paler: the rank's later stages"))
+    legend = legend_of([rank for step in steps for rank in step.ranks])
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
     return figure
-
-
-def _draw_rank(axes: Any, number: int, rank: Sequence[Span], zero: float, longest: float) -> None:
-    stages = _stages(rank)
-    for span in rank:
-        left, width = (span.start - zero) * 1e3, (span.end - span.start) * 1e3
-        # the later stages of a rank are paler
-        alpha = 1.0 if span.stage < 0 else 1 - 0.55 * stages.index(span.stage) / len(stages)
-        bar = axes.barh(number, width, left=left, height=0.8, color=COLORS[span.kind], alpha=alpha)
-        bar[0].set(edgecolor="white", linewidth=0.5)
-        if span.micro_batch >= 0 and width > longest * 1e3 * 0.012 * len(str(span.micro_batch)):
-            axes.text(left + width / 2, number, str(span.micro_batch), ha="center", va="center", fontsize=8)
 
 
 def _work(action: tuple[Kind, int, int] | None) -> str:
@@ -179,10 +156,6 @@ def _named(step: MeasuredStep) -> str:
 
 def _zero(step: MeasuredStep) -> float:
     return pipeline_window(step.ranks)[0]
-
-
-def _stages(rank: Sequence[Span]) -> list[int]:
-    return sorted({span.stage for span in rank if span.stage >= 0})
 
 
 def _seconds(spans: Sequence[Span], *kinds: Kind) -> float:

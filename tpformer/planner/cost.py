@@ -1,0 +1,234 @@
+"""How long a training step takes, as a sum of terms that each can be read."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from tpformer.models.decoder import Part
+from tpformer.parallel_config import V_SHAPED, ZERO_BUBBLE
+from tpformer.planner.candidate import Candidate
+from tpformer.planner.machine import Device, Link
+from tpformer.planner.network import group, path
+from tpformer.planner.traffic import Traffic
+from tpformer.planner.work import Work, block_work, first_work, last_work, sizes, vocabulary
+
+Kind = Literal["compute", "recompute", "bubble", "tp", "pp", "dp", "optimizer"]
+ATTENTION_EFFICIENCY = 0.7
+"""Of fused attention's rate in that of matmuls: FlashAttention-2 (arXiv 2307.08691) has 50-73 % of an A100's peak."""
+UNFUSED_ATTENTION_EFFICIENCY = 0.5
+"""Of batched products as narrow as a head."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the step: its factors' product is its seconds."""
+
+    kind: Kind
+    what: str
+    factors: tuple[tuple[str, float], ...]
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        product = 1.0
+        for _, number in self.factors:
+            product *= number
+        return product
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step of the busiest rank, and what it waits for."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(term.seconds for term in self.terms)
+
+    def of(self, *kinds: Kind) -> float:
+        """Seconds of these kinds of term."""
+        return sum(term.seconds for term in self.terms if term.kind in kinds)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a candidate runs on. fused_attention False: as before FlashAttention, for old measurements."""
+
+    device: Device
+    network: Link
+    fused_attention: bool = True
+
+
+@dataclass(frozen=True)
+class RankTime:
+    """Seconds of one rank for one micro-batch, communication left out."""
+
+    rank: int
+    part: Part
+    forward: float
+    backward: float
+    recompute: float
+
+    @property
+    def all(self) -> float:
+        """Forward and backward, with what is computed again."""
+        return self.forward + self.backward + self.recompute
+
+
+def work_seconds(work: Work, machine: Machine, precision: str) -> float:
+    """Matmuls at the rate of large ones, and all bytes at the memory's, one after the other."""
+    device = machine.device
+    rate = matmul_rate(device, precision)
+    share = ATTENTION_EFFICIENCY if machine.fused_attention else UNFUSED_ATTENTION_EFFICIENCY
+    moved = work.bytes / (device.bandwidth * device.bandwidth_efficiency)
+    return work.matmul / rate + work.attention / (rate * share) + moved
+
+
+def matmul_rate(device: Device, precision: str) -> float:
+    """FLOP/s that large matmuls reach. Raises ValueError if the device has none in this precision."""
+    return device.peak(precision) * device.matmul_efficiency
+
+
+def rank_times(candidate: Candidate, machine: Machine) -> list[RankTime]:
+    """Each kind of rank on the pp axis once: how many blocks, and which ends, it has."""
+    p, s, width = candidate.parallel, sizes(candidate), candidate.width
+    crowd = _crowd(candidate, machine)
+
+    def timed(work: Work) -> float:
+        return crowd * work_seconds(work, machine, p.precision)
+
+    block = [timed(work) for work in block_work(s, candidate.seq_len, width, machine.fused_attention)]
+    extra = crowd * machine.device.overhead
+    first = [timed(work) for work in first_work(s, width)]
+    last = [timed(work) for work in last_work(s, vocabulary(candidate), width)]
+    again = _recomputed(candidate, block[0] + extra / 3)
+    return [
+        RankTime(
+            rank,
+            part,
+            len(part.layers) * (block[0] + extra / 3) + part.first * first[0] + part.last * last[0],
+            len(part.layers) * (block[1] + extra * 2 / 3) + part.first * first[1] + part.last * last[1],
+            len(part.layers) * again,
+        )
+        for rank, part in candidate.rank_kinds
+    ]
+
+
+def _crowd(candidate: Candidate, machine: Machine) -> float:
+    """By how much processes that share a CPU's cores are slower."""
+    return max(1.0, candidate.world_size / machine.device.per_node) if candidate.on_cpu else 1.0
+
+
+def _recomputed(candidate: Candidate, forward: float) -> float:
+    """Seconds of a block that backward computes again, on average; of modules, their share of the weights."""
+    p = candidate.parallel
+    if p.recompute == "none":
+        return 0.0
+    share = 1.0
+    if p.recompute == "selective":
+        s = sizes(candidate)
+        attention = sum(a * b for a, b in s.matrices[:2]) / s.weights
+        named = {"attention.core": 0.1, "attention": attention, "mlp": 1 - attention}
+        share = sum(named.get(module, 0.0) for module in p.recompute_modules)
+    return forward * share / p.recompute_every
+
+
+def bubble_seconds(candidate: Candidate, forward: float, backward: float) -> float:
+    """What the busiest rank idles: the fill and the drain of the pipeline.
+
+    forward, backward: of a rank's whole part, for one micro-batch, recomputation in the latter. Zero-bubble schedules
+    fill the wait with the weights' gradients, half of a backward. Sources: arXiv 2104.04473, section 2.2; 2401.10241;
+    `bubble.theoretical_bubble` runs the orders themselves, and a test compares.
+    """
+    p = candidate.parallel
+    rounds = p.num_stages // p.pp
+    wait = forward + backward
+    if p.pp_schedule in ZERO_BUBBLE:
+        wait = forward + backward / 2 - backward / 2
+        if p.pp_schedule in V_SHAPED and candidate.micro_batches < 2 * p.pp:
+            wait *= rounds
+    return (p.pp - 1) * wait / rounds
+
+
+def step_time(candidate: Candidate, busiest: RankTime, traffic: Iterable[Traffic], machine: Machine) -> StepTime:
+    """The whole step, by the rank that computes longest, and its traffic.
+
+    Collectives of tp and pp are waited for. Those of dp run beside the computation that they can run beside, on GPUs;
+    on a CPU they take its cores.
+    """
+    m = float(candidate.micro_batches)
+    terms = [
+        Term("compute", "forward", (("micro-batches", m), ("seconds", busiest.forward))),
+        Term("compute", "backward", (("micro-batches", m), ("seconds", busiest.backward))),
+    ]
+    if busiest.recompute:
+        terms.append(Term("recompute", "forward again", (("micro-batches", m), ("seconds", busiest.recompute))))
+    communication = list(_communication(candidate, traffic, machine, busiest))
+    terms += communication
+    waits = sum(term.seconds for term in communication if term.kind == "tp") / m
+    if candidate.parallel.pp > 1:
+        idle = bubble_seconds(
+            candidate, busiest.forward + waits / 3, busiest.backward + busiest.recompute + waits * 2 / 3
+        )
+        terms.append(Term("bubble", f"{candidate.parallel.pp_schedule}: fill and drain", (("seconds", idle),)))
+    return StepTime((*terms, _update(candidate, machine, busiest)))
+
+
+def _communication(
+    candidate: Candidate, traffic: Iterable[Traffic], machine: Machine, busiest: RankTime
+) -> Iterable[Term]:
+    p = candidate.parallel
+    hidden = {"forward": 0.0, "backward": 0.0}
+    for item in traffic:
+        if item.op == "send":  # what arrives is waited for; what leaves goes beside it
+            continue
+        size, stride = group(item.axis, p, candidate.shards)
+        op = "send" if item.op == "recv" else item.op
+        each = path(size, stride, machine.device, machine.network).seconds(op, item.bytes, size)
+        kind: Kind = "tp" if item.axis == "tp" else "pp" if item.axis == "pp" else "dp"
+        if item.hidden and kind == "dp" and not candidate.on_cpu:
+            hidden[item.phase] += each * item.calls
+        else:
+            yield Term(kind, f"{item.op} {item.axis}: {item.what}", (("calls", float(item.calls)), ("seconds", each)))
+    # gathered once a step, they have one micro-batch's computation beside them
+    beside = candidate.micro_batches if p.dp_mode in ("fsdp", "hsdp") and p.pp == 1 else 1
+    for phase, computing in (("forward", busiest.forward), ("backward", busiest.backward + busiest.recompute)):
+        if hidden[phase]:
+            exposed = max(0.0, hidden[phase] - beside * computing)
+            factors = (("seconds beyond the computation beside it", exposed),)
+            yield Term("dp", f"{phase}: {1e3 * hidden[phase]:.1f} ms beside the computation", factors)
+
+
+def _update(candidate: Candidate, machine: Machine, rank: RankTime) -> Term:
+    """AdamW reads gradient, weight and moments, writes the latter three and the copy that computes; the norm reads."""
+    s, model = sizes(candidate), candidate.model
+    ends = rank.part.first + rank.part.last
+    if model.tie_embeddings and ends == 2:
+        ends = 1
+    parameters = len(rank.part.layers) * s.weights + ends * model.hidden_size * vocabulary(candidate)
+    share = candidate.shards
+    moved = 32 + (candidate.width if candidate.width < 4 else 0)
+    bandwidth = machine.device.bandwidth * machine.device.bandwidth_efficiency
+    crowd = max(1.0, candidate.world_size / machine.device.per_node) if candidate.on_cpu else 1.0
+    factors = (
+        ("parameters", float(parameters)),
+        ("bytes", moved),
+        ("/shards", 1 / share),
+        ("/bandwidth", crowd / bandwidth),
+    )
+    return Term("optimizer", "AdamW and the gradients' norm", factors)
+
+
+@lru_cache(maxsize=64)
+def model_flops(candidate: Candidate) -> float:
+    """FLOPs of a step by the usual count: 6 a weight and token, and the whole square of attention."""
+    return float(candidate.model.flops_per_token(candidate.seq_len)) * candidate.batch_size * candidate.seq_len
+
+
+def mfu(candidate: Candidate, step_seconds: float, device: Device) -> float:
+    """Model FLOPs utilisation (arXiv 2204.02311, appendix B): of what all devices could do in that time."""
+    peak = device.flops[candidate.parallel.precision] * candidate.world_size
+    return model_flops(candidate) / (step_seconds * peak)

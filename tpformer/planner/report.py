@@ -1,0 +1,119 @@
+"""Plans for the terminal: a table of the best ones, and one with its formulas."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from tpformer.planner.cost import StepTime, matmul_rate, model_flops
+from tpformer.planner.flags import torchrun_command
+from tpformer.planner.memory import Memory, explain_memory
+from tpformer.planner.search import Plan
+
+AXES = ("tp", "pp", "dp")
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """The layouts with their time, then their memory and what each sends; then the command that runs the first."""
+    first = plans[0]
+    lines = [heading(first), "", *_time_lines(plans), "", *_memory_lines(plans), ""]
+    lines += ["the first is run by", "  " + torchrun_command(first.candidate, first.machine.device.per_node)]
+    return "\n".join(lines)
+
+
+def heading(found: Plan) -> str:
+    """What was asked, with the figures that the prediction stands on."""
+    c, device, network = found.candidate, found.machine.device, found.machine.network
+    tokens = c.batch_size * c.seq_len
+    return (
+        f"PREDICTED, not measured: {c.model.num_parameters() / 1e9:.2f}B parameters on {c.world_size} x {device.name}, "
+        f"{c.batch_size} samples of {c.seq_len} = {tokens:,} tokens a step, {c.parallel.precision}\n"
+        f"matmuls {matmul_rate(device, c.parallel.precision) / 1e12:.1f} of "
+        f"{device.flops[c.parallel.precision] / 1e12:.1f} TFLOP/s, memory {device.memory / 2**30:.0f} GiB; in the node "
+        f"{device.link.name} {device.link.bandwidth / 1e9:.0f} GB/s, between nodes {network.name} "
+        f"{network.bandwidth / 1e9:.0f} GB/s a device"
+    )
+
+
+def _time_lines(plans: Sequence[Plan]) -> list[str]:
+    lines = [
+        f"{'#':>3} {'tp':>5} {'pp':>3} {'schedule':22} {'dp':>5} {'mode':>9} {'batch':>5} {'recompute':>9} {'step':>8}"
+        f" {'tokens/s':>9} {'MFU':>6} {'bubble':>6} {'exposed: tp':>11} {'pp':>6} {'dp':>6}",
+        f"{'':>3} {'':>5} {'':>3} {'':22} {'':>5} {'':>9} {'micro':>5} {'':>9} {'s':>8} {'a device':>9} {'':>6} {'':>6}"
+        f" {'% of step':>11}",
+    ]
+    for number, found in enumerate(plans, 1):
+        c, p = found.candidate, found.candidate.parallel
+        stages = f" x{p.num_stages // p.pp}" if p.num_stages > p.pp else ""
+        schedule = f"{p.pp_schedule}{stages}" if p.pp > 1 else "-"
+        mode = p.dp_mode + (f" {p.dp_shard}" if p.dp_shard else "") if c.dp > 1 else "-"
+        again = "-" if p.recompute == "none" else "full" if p.recompute == "full" else "+".join(p.recompute_modules)
+        exposed = [found.time.of(axis) / found.seconds for axis in AXES]  # type: ignore[arg-type]
+        tp = f"{p.tp} sp" if p.sequence_parallel else str(p.tp)
+        lines.append(
+            f"{number:>3} {tp:>5} {p.pp:>3} {schedule:22} {c.dp:>5} {mode:>9}"
+            f" {c.micro_batch_size:>5} {again:>9} {found.seconds:>8.3f} {found.tokens_per_second / c.world_size:>9.0f}"
+            f" {found.mfu:>6.1%} {found.bubble:>6.1%} {exposed[0]:>11.1%} {exposed[1]:>6.1%} {exposed[2]:>6.1%}"
+        )
+    return lines
+
+
+def _memory_lines(plans: Sequence[Plan]) -> list[str]:
+    names = [field.name for field in fields(Memory) if field.name in _PARTS]
+    lines = [
+        f"{'':>3} "
+        + " ".join(f"{name:>11}" for name in (*names, "total"))
+        + "   sent a step: "
+        + " ".join(f"{a:>7}" for a in AXES),
+        f"{'':>3} {'GiB':>11}" + " " * (12 * len(names)) + f"{'GiB':>23}",
+    ]
+    for number, found in enumerate(plans, 1):
+        sizes = [*(getattr(found.memory, name) for name in names), found.memory.total]
+        sent = [sent_bytes(found, axis) for axis in AXES]
+        lines.append(
+            f"{number:>3} "
+            + " ".join(f"{size / 2**30:>11.2f}" for size in sizes)
+            + " " * 16
+            + " ".join(f"{size / 2**30:>7.2f}" for size in sent)
+        )
+    return lines
+
+
+_PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+
+
+def sent_bytes(found: Plan, axis: str) -> int:
+    """Payload of a step's collectives on an axis (dp's parts, and the world, with dp), as the trace counts it."""
+    mine = [t for t in found.traffic if (t.axis if t.axis in ("tp", "pp") else "dp") == axis]
+    return sum(t.bytes * t.calls for t in mine)
+
+
+def explain(found: Plan) -> str:
+    """Every term of one plan's time and memory with the numbers that make it, and what it sends."""
+    c, time = found.candidate, found.time
+    lines = [heading(found), "", "time: terms, each the product of its factors", *time_lines(time)]
+    lines += [
+        f"MFU {found.mfu:.1%} = {model_flops(c):.4g} FLOPs of the model / ({found.seconds:.4g} s x {c.world_size} "
+        f"devices x {found.machine.device.flops[c.parallel.precision]:.4g} FLOP/s)",
+        "",
+        explain_memory(found.memory),
+        "",
+        *traffic_lines(found),
+    ]
+    return "\n".join(lines)
+
+
+def time_lines(time: StepTime) -> list[str]:
+    """A line a term, then their sum."""
+    lines = []
+    for term in time.terms:
+        formula = " x ".join(f"{name} {number:.4g}" for name, number in term.factors)
+        lines.append(f"  {term.kind:>9}  {1e3 * term.seconds:>11.3f} ms  {term.what} = {formula}")
+    return [*lines, f"  {'step':>9}  {1e3 * time.total:>11.3f} ms"]
+
+
+def traffic_lines(found: Plan) -> list[str]:
+    """A line a group of equal collectives of the busiest rank."""
+    lines = ["collectives of the busiest rank in a step"]
+    for t in found.traffic:
+        formula = " x ".join(f"{name} {number}" for name, number in t.factors)
+        lines.append(f"  {t.calls:>6} {t.op:14} {t.axis:12} {t.bytes:>14,} bytes  {t.what}: {formula}")
+    return lines
