@@ -39,8 +39,12 @@ from tpformer.models.sampling import SamplingOptions as SamplingOptions
 from tpformer.parallel.parallelize import parallelize as parallelize
 from tpformer.parallel.plan import Style as Style
 
-# random numbers, sharding and communication, open to inspection
+# what a layout will take
 from tpformer.parallel_config import ParallelConfig as ParallelConfig
+from tpformer.planner.search import Plan as Plan
+from tpformer.planner.search import plan as plan
+
+# random numbers, sharding and communication, open to inspection
 from tpformer.placement import Piece as Piece
 from tpformer.placement import Placement as Placement
 from tpformer.placement import full_gradient as full_gradient

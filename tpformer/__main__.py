@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tpformer.checkpoint import command as checkpoint
 from tpformer.doctor import report
+from tpformer.planner import command as planner
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     report.add_command(commands)
     checkpoint.add_command(commands)
+    planner.add_command(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
