@@ -39,12 +39,8 @@ from tpformer.models.sampling import SamplingOptions as SamplingOptions
 from tpformer.parallel.parallelize import parallelize as parallelize
 from tpformer.parallel.plan import Style as Style
 
-# what a layout will take
+# sharding, open to inspection
 from tpformer.parallel_config import ParallelConfig as ParallelConfig
-from tpformer.planner.search import Plan as Plan
-from tpformer.planner.search import plan as plan
-
-# random numbers, sharding and communication, open to inspection
 from tpformer.placement import Piece as Piece
 from tpformer.placement import Placement as Placement
 from tpformer.placement import full_gradient as full_gradient
@@ -52,6 +48,12 @@ from tpformer.placement import full_parameter as full_parameter
 from tpformer.placement import load_full_state as load_full_state
 from tpformer.placement import placements as placements
 from tpformer.placement import reduce_partial_gradients as reduce_partial_gradients
+
+# what a layout will take
+from tpformer.planner.search import Plan as Plan
+from tpformer.planner.search import plan as plan
+
+# random numbers, and the ledger of communication
 from tpformer.random import Key as Key
 from tpformer.trace import trace_communication as trace_communication
 
