@@ -1,6 +1,6 @@
 """How long a training step takes, as a sum of terms that each can be read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -16,6 +16,8 @@ from tpformer.planner.work import Work, block_work, first_work, last_work, sizes
 Kind = Literal["compute", "recompute", "bubble", "tp", "pp", "dp", "optimizer"]
 ATTENTION_EFFICIENCY = 0.7
 """Of fused attention's rate in that of matmuls: FlashAttention-2 (arXiv 2307.08691) has 50-73 % of an A100's peak."""
+MOST_CHUNKS = 4
+"""Into which overlap.py cuts what it runs beside matmuls."""
 UNFUSED_ATTENTION_EFFICIENCY = 0.5
 """Of batched products as narrow as a head."""
 
@@ -156,8 +158,8 @@ def bubble_seconds(candidate: Candidate, forward: float, backward: float) -> flo
 def step_time(candidate: Candidate, busiest: RankTime, traffic: Iterable[Traffic], machine: Machine) -> StepTime:
     """The whole step, by the rank that computes longest, and its traffic.
 
-    Collectives of tp and pp are waited for. Those of dp run beside the computation that they can run beside, on GPUs;
-    on a CPU they take its cores.
+    Collectives of tp and pp are waited for; those of dp, and under sequence parallelism tp's, run beside the
+    computation that they can run beside, on GPUs. On a CPU they take its cores.
     """
     m = float(candidate.micro_batches)
     terms = [
@@ -179,9 +181,10 @@ def step_time(candidate: Candidate, busiest: RankTime, traffic: Iterable[Traffic
 
 def _communication(
     candidate: Candidate, traffic: Iterable[Traffic], machine: Machine, busiest: RankTime
-) -> Iterable[Term]:
+) -> Iterator[Term]:
     p = candidate.parallel
-    hidden = {"forward": 0.0, "backward": 0.0}
+    beside_matmuls = p.sequence_parallel and p.overlap != "off" and not candidate.on_cpu
+    hidden = {"tp": 0.0, "forward": 0.0, "backward": 0.0}
     for item in traffic:
         if item.op == "send":  # what arrives is waited for; what leaves goes beside it
             continue
@@ -189,17 +192,25 @@ def _communication(
         op = "send" if item.op == "recv" else item.op
         each = path(size, stride, machine.device, machine.network).seconds(op, item.bytes, size)
         kind: Kind = "tp" if item.axis == "tp" else "pp" if item.axis == "pp" else "dp"
-        if item.hidden and kind == "dp" and not candidate.on_cpu:
+        if kind == "tp" and beside_matmuls:
+            hidden["tp"] += each * item.calls
+        elif kind == "dp" and item.hidden and not candidate.on_cpu:
             hidden[item.phase] += each * item.calls
         else:
-            yield Term(kind, f"{item.op} {item.axis}: {item.what}", (("calls", float(item.calls)), ("seconds", each)))
+            yield Term(kind, f"{item.op} {item.axis}: {item.what}", (("calls", float(item.calls)), ("s", each)))
+    m = candidate.micro_batches
+    if hidden["tp"]:  # the first chunk has nothing beside it
+        first = hidden["tp"] / MOST_CHUNKS
+        yield _exposed("tp", "regions", hidden["tp"], first + max(0.0, hidden["tp"] - first - m * busiest.all))
     # gathered once a step, they have one micro-batch's computation beside them
-    beside = candidate.micro_batches if p.dp_mode in ("fsdp", "hsdp") and p.pp == 1 else 1
+    beside = m if p.dp_mode in ("fsdp", "hsdp") and p.pp == 1 else 1
     for phase, computing in (("forward", busiest.forward), ("backward", busiest.backward + busiest.recompute)):
         if hidden[phase]:
-            exposed = max(0.0, hidden[phase] - beside * computing)
-            factors = (("seconds beyond the computation beside it", exposed),)
-            yield Term("dp", f"{phase}: {1e3 * hidden[phase]:.1f} ms beside the computation", factors)
+            yield _exposed("dp", phase, hidden[phase], max(0.0, hidden[phase] - beside * computing))
+
+
+def _exposed(kind: Kind, what: str, beside: float, exposed: float) -> Term:
+    return Term(kind, f"{what}: {1e3 * beside:.1f} ms beside the computation", (("s longer than it", exposed),))
 
 
 def _update(candidate: Candidate, machine: Machine, rank: RankTime) -> Term:
