@@ -12,7 +12,7 @@ from tpformer.models.decoder import Part
 from tpformer.models.gpt import GPTConfig
 from tpformer.planner import shapes
 from tpformer.planner.candidate import Candidate
-from tpformer.planner.shapes import block_copies, block_shapes, count, end_copies, end_shapes
+from tpformer.planner.shapes import block_shapes, count, end_copies, end_shapes
 
 MODELS: dict[str, Any] = VARIANTS | {
     "every option": llama(num_kv_heads=1, head_dim=6, qk_norm=True, qkv_bias=True, out_bias=True, vocab_size=300),
@@ -45,22 +45,25 @@ def test_every_parameter_has_its_shape_and_its_place(name: str, tp: int) -> None
         assert sum(p.numel() for p in model.parameters()) == total
 
 
-def copies_of(model: torch.nn.Module, mesh: Mesh) -> list[tuple[str, int, int, int, int]]:
+def copies_of(model: torch.nn.Module, mesh: Mesh) -> list[tuple[str | int, ...]]:
     """What `sum_partial` would sum, of the placements."""
-    found = []
+    found: list[tuple[str | int, ...]] = []
     for name, placement in placements(model, mesh).items():
         for piece, _, ours in placement.slices() if placement.partial else ():
             if piece.copies > 1:
                 view = model.get_parameter(name)[ours]
                 different = mesh.tp.size // piece.copies
-                found.append((name, ours[0].start, len(view), view[0].numel(), different))
+                found.append(
+                    (name, len(model.get_parameter(name)), ours[0].start, len(view), view[0].numel(), different)
+                )
     return found
 
 
-def said(case: Candidate, first: bool, last: bool) -> list[tuple[str, int, int, int, int]]:
-    copies = [replace(c, name=f"blocks.{i}.{c.name}") for i in (0, 1) for c in block_copies(case)]
-    copies += end_copies(case, first, last)
-    return [(c.name, c.start, c.rows, c.width, c.different) for c in copies]
+def said(case: Candidate, first: bool, last: bool) -> list[tuple[str | int, ...]]:
+    layout = (case.model, case.parallel.tp, case.parallel.sequence_parallel)
+    copies = [replace(c, name=f"blocks.{i}.{c.name}") for i in (0, 1) for c in shapes.block_copies(*layout)]
+    copies += end_copies(*layout, first, last)
+    return [(c.name, c.length, c.start, c.rows, c.width, c.different) for c in copies]
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -77,5 +80,5 @@ def test_copies_are_those_of_the_placements(name: str, tp: int, sequence_paralle
 def test_a_copy_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: no rows of keys and values."""
     model, mesh = MODELS["every option"], Mesh(tp=Axis("tp", 2))
-    monkeypatch.setattr(shapes, "_block_copies", lambda *_: ())
+    monkeypatch.setattr(shapes, "block_copies", lambda *_: ())
     assert sorted(copies_of(built(model, mesh, True, True), mesh)) != sorted(said(candidate(model, 2), True, True))

@@ -19,9 +19,12 @@ class Copied:
     """Rows of a parameter that several tp ranks hold, each with a part of their gradient only."""
 
     name: str
+    length: int
+    """Rows of the tp-local tensor."""
     start: int
-    """The first of them, in the tp-local tensor."""
+    """The first of those that are copies."""
     rows: int
+    """How many are."""
     width: int
     """Numbers of a row."""
     different: int
@@ -41,19 +44,26 @@ def end_shapes(candidate: Candidate, first: bool, last: bool) -> tuple[Shapes, S
     return _ends(candidate.model, candidate.parallel.tp, first, last)
 
 
-def block_copies(candidate: Candidate) -> tuple[Copied, ...]:
+@lru_cache(maxsize=1024)
+def block_copies(model: ModelConfig, tp: int, sequence_parallel: bool) -> tuple[Copied, ...]:
     """Of one block: what `placement.sum_partial` sums over tp; none where tp is 1."""
-    p = candidate.parallel
-    return _block_copies(candidate.model, p.tp, p.sequence_parallel)
+    a, found = model.attention, []
+    for name, shape in _block(model, tp).items() if tp > 1 else ():
+        if ".qkv." in name:
+            if a.num_kv_heads < tp:  # the key and value rows, which come after the queries'
+                rows = 2 * a.head_dim
+                found.append(Copied(name, shape[0], shape[0] - rows, rows, prod(shape[1:]), a.num_kv_heads))
+        elif "q_norm" in name or "k_norm" in name or (sequence_parallel and len(shape) == 1 and ".up." not in name):
+            found.append(_whole(name, shape))
+    return tuple(found)
 
 
-def end_copies(candidate: Candidate, first: bool, last: bool) -> tuple[Copied, ...]:
+@lru_cache(maxsize=1024)
+def end_copies(model: ModelConfig, tp: int, sequence_parallel: bool, first: bool, last: bool) -> tuple[Copied, ...]:
     """The same of both ends: under sequence parallelism what is no slice of the vocabulary."""
-    p = candidate.parallel
-    if p.tp == 1 or not p.sequence_parallel:
+    if tp == 1 or not sequence_parallel:
         return ()
-    before, after = end_shapes(candidate, first, last)
-    both = (*before.items(), *after.items())
+    both = [item for shapes in _ends(model, tp, first, last) for item in shapes.items()]
     return tuple(_whole(name, shape) for name, shape in both if name not in ("embedding.weight", "head.weight"))
 
 
@@ -106,20 +116,5 @@ def _ends(model: ModelConfig, tp: int, first: bool, last: bool) -> tuple[Shapes,
     return MappingProxyType(before), MappingProxyType(after)
 
 
-@lru_cache(maxsize=1024)
-def _block_copies(model: ModelConfig, tp: int, sequence_parallel: bool) -> tuple[Copied, ...]:
-    if tp == 1:
-        return ()
-    a, found = model.attention, []
-    for name, shape in _block(model, tp).items():
-        if ".qkv." in name:
-            if a.num_kv_heads < tp:  # the key and value rows, which come after the queries'
-                rows = 2 * a.head_dim
-                found.append(Copied(name, shape[0] - rows, rows, prod(shape[1:]), a.num_kv_heads))
-        elif "q_norm" in name or "k_norm" in name or (sequence_parallel and len(shape) == 1 and ".up." not in name):
-            found.append(_whole(name, shape))
-    return tuple(found)
-
-
 def _whole(name: str, shape: tuple[int, ...]) -> Copied:
-    return Copied(name, 0, shape[0], prod(shape[1:]), 1)
+    return Copied(name, shape[0], 0, shape[0], prod(shape[1:]), 1)
