@@ -8,7 +8,7 @@ import pytest
 from tpformer import ParallelConfig
 from tpformer.parallel.bubble import theoretical_bubble
 from tpformer.planner.candidate import Candidate
-from tpformer.planner.cost import Machine, StepTime, Term, bubble_seconds, mfu, rank_times
+from tpformer.planner.cost import Kind, Machine, StepTime, Term, bubble_seconds, mfu, rank_times
 from tpformer.planner.hardware import device, link
 from tpformer.planner.known_models import known_model
 from tpformer.planner.search import planned
@@ -20,7 +20,8 @@ SCHEDULES += [("interleaved_zero_bubble", 2), ("interleaved_zero_bubble", 4), ("
 
 def candidate(micro_batches: int = 8, model: str = "llama-8b", **options: Any) -> Candidate:
     dp = options.get("dp", 1)
-    parallel = ParallelConfig(**({"dp": 1, "precision": "bf16"} | options))
+    fields: dict[str, Any] = {"dp": 1, "precision": "bf16"} | options
+    parallel = ParallelConfig(**fields)
     return Candidate(known_model(model), parallel, 4096, micro_batches * dp, 1)
 
 
@@ -40,9 +41,9 @@ def test_the_bubble_is_that_of_the_schedules_order(schedule: Any, stages: int, p
 
 def test_a_step_is_the_sum_of_its_terms() -> None:
     found = planned(candidate(tp=2, pp=2, dp=2), MACHINE).time
-    kinds = ("compute", "recompute", "bubble", "tp", "pp", "dp", "optimizer")
-    assert found.total == pytest.approx(sum(found.of(kind) for kind in kinds))  # type: ignore[arg-type]
-    assert min(found.of(kind) for kind in ("compute", "bubble", "tp", "pp", "optimizer")) > 0  # type: ignore[arg-type]
+    kinds: tuple[Kind, ...] = ("compute", "recompute", "bubble", "tp", "pp", "dp", "optimizer")
+    assert found.total == pytest.approx(sum(found.of(kind) for kind in kinds))
+    assert min(found.of(kind) for kind in ("compute", "bubble", "tp", "pp", "optimizer")) > 0
 
 
 def test_a_term_is_the_product_of_its_factors() -> None:
@@ -60,14 +61,9 @@ def test_compute_is_flops_over_the_rate_and_bytes_over_the_bandwidth() -> None:
 
 def ends_alone() -> float:
     """Forward of the embedding and the head: what a model twice as deep has not twice."""
+    model, parallel = known_model("llama-8b"), ParallelConfig(dp=1, precision="bf16")
     shallow, deep = (
-        rank_times(
-            Candidate(
-                replace(known_model("llama-8b"), num_layers=n), ParallelConfig(dp=1, precision="bf16"), 4096, 8, 1
-            ),
-            MACHINE,
-        )
-        for n in (32, 64)
+        rank_times(Candidate(replace(model, num_layers=layers), parallel, 4096, 8, 1), MACHINE) for layers in (32, 64)
     )
     return 2 * shallow[0].forward - deep[0].forward
 

@@ -1,5 +1,7 @@
 """FLOPs of a rank's work, against those that torch counts in a plain model, and divided as tp divides them."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,7 +12,7 @@ from tpformer import LlamaConfig, ParallelConfig
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.work import Work, block_work, last_work, sizes, vocabulary
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
     "num_layers": 3,
@@ -22,8 +24,8 @@ SHAPE = {
 MODEL = LlamaConfig(**SHAPE)
 
 
-def candidate(**options: object) -> Candidate:
-    return Candidate(MODEL, ParallelConfig(**({"dp": 1} | options)), 32, 4, 2)  # type: ignore[arg-type]
+def candidate(**options: Any) -> Candidate:
+    return Candidate(MODEL, ParallelConfig(**({"dp": 1} | options)), 32, 4, 2)
 
 
 def of_all(c: Candidate) -> tuple[float, float]:

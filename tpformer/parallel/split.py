@@ -55,7 +55,9 @@ def balanced(layers: int, stages: int, first: float, block: float, last: float) 
 
 def stages_of(rank: int, config: ParallelConfig) -> list[int]:
     """The stages of one rank of the pp axis, in ascending order."""
-    return [stage for stage in range(config.num_stages) if rank_of(stage, config) == rank]
+    if config.pp_schedule in V_SHAPED and config.pp > 1:
+        return [rank, 2 * config.pp - 1 - rank]
+    return list(range(rank, config.num_stages, config.pp))
 
 
 def rank_of(stage: int, config: ParallelConfig) -> int:

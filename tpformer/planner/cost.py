@@ -65,12 +65,32 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Seconds for a unit of each kind of work."""
+
+    matmul: float
+    """A FLOP."""
+    attention: float
+    """A FLOP."""
+    bytes: float
+    overhead: float
+    """A block's forward and backward."""
+
+    def seconds(self, work: Work) -> float:
+        """All of it, one after the other."""
+        return work.matmul * self.matmul + work.attention * self.attention + work.bytes * self.bytes
+
+
+@dataclass(frozen=True)
 class RankTime:
-    """Seconds of one rank for one micro-batch, communication left out."""
+    """What one rank computes for one micro-batch, and how long it takes; communication left out."""
 
     rank: int
     part: Part
+    work: tuple[Work, Work]
+    """Of forward and backward."""
     forward: float
+    """Seconds."""
     backward: float
     recompute: float
 
@@ -80,43 +100,34 @@ class RankTime:
         return self.forward + self.backward + self.recompute
 
 
-def work_seconds(work: Work, machine: Machine, precision: str) -> float:
-    """Matmuls at the rate of large ones, and all bytes at the memory's, one after the other."""
-    device = machine.device
-    rate = matmul_rate(device, precision)
+def pace(candidate: Candidate, machine: Machine) -> Pace:
+    """Matmuls at the rate of large ones, all bytes at the memory's. Raises ValueError as Device.peak does."""
+    device, crowd = machine.device, _crowd(candidate, machine)
+    rate = device.peak(candidate.parallel.precision) * device.matmul_efficiency / crowd
     share = ATTENTION_EFFICIENCY if machine.fused_attention else UNFUSED_ATTENTION_EFFICIENCY
-    moved = work.bytes / (device.bandwidth * device.bandwidth_efficiency)
-    return work.matmul / rate + work.attention / (rate * share) + moved
-
-
-def matmul_rate(device: Device, precision: str) -> float:
-    """FLOP/s that large matmuls reach. Raises ValueError if the device has none in this precision."""
-    return device.peak(precision) * device.matmul_efficiency
+    bandwidth = device.bandwidth * device.bandwidth_efficiency / crowd
+    return Pace(1 / rate, 1 / (rate * share), 1 / bandwidth, crowd * device.overhead)
 
 
 def rank_times(candidate: Candidate, machine: Machine) -> list[RankTime]:
-    """Each kind of rank on the pp axis once: how many blocks, and which ends, it has."""
-    p, s, width = candidate.parallel, sizes(candidate), candidate.width
-    crowd = _crowd(candidate, machine)
-
-    def timed(work: Work) -> float:
-        return crowd * work_seconds(work, machine, p.precision)
-
-    block = [timed(work) for work in block_work(s, candidate.seq_len, width, machine.fused_attention)]
-    extra = crowd * machine.device.overhead
-    first = [timed(work) for work in first_work(s, width)]
-    last = [timed(work) for work in last_work(s, vocabulary(candidate), width)]
-    again = _recomputed(candidate, block[0] + extra / 3)
-    return [
-        RankTime(
-            rank,
-            part,
-            len(part.layers) * (block[0] + extra / 3) + part.first * first[0] + part.last * last[0],
-            len(part.layers) * (block[1] + extra * 2 / 3) + part.first * first[1] + part.last * last[1],
-            len(part.layers) * again,
+    """Each kind of rank on the pp axis once: as it has more or fewer blocks, and which ends."""
+    s, width, unit = sizes(candidate), candidate.width, pace(candidate, machine)
+    block = block_work(s, candidate.seq_len, width, machine.fused_attention)
+    first, last = first_work(s, width), last_work(s, vocabulary(candidate), width)
+    again = _recomputed(candidate, unit.seconds(block[0]) + unit.overhead / 3)
+    found = []
+    for rank, part in candidate.rank_kinds:
+        count = len(part.layers)
+        forward, backward = (
+            block[phase].times(count) + first[phase].times(part.first) + last[phase].times(part.last)
+            for phase in (0, 1)
         )
-        for rank, part in candidate.rank_kinds
-    ]
+        seconds = [
+            unit.seconds(forward) + count * unit.overhead / 3,
+            unit.seconds(backward) + count * unit.overhead * 2 / 3,
+        ]
+        found.append(RankTime(rank, part, (forward, backward), seconds[0], seconds[1], count * again))
+    return found
 
 
 def _crowd(candidate: Candidate, machine: Machine) -> float:
@@ -161,11 +172,11 @@ def step_time(candidate: Candidate, busiest: RankTime, traffic: Iterable[Traffic
     Collectives of tp and pp are waited for; those of dp, and under sequence parallelism tp's, run beside the
     computation that they can run beside, on GPUs. On a CPU they take its cores.
     """
-    m = float(candidate.micro_batches)
-    terms = [
-        Term("compute", "forward", (("micro-batches", m), ("seconds", busiest.forward))),
-        Term("compute", "backward", (("micro-batches", m), ("seconds", busiest.backward))),
-    ]
+    m, unit = float(candidate.micro_batches), pace(candidate, machine)
+    terms = [*_computed("forward", m, busiest.work[0], unit), *_computed("backward", m, busiest.work[1], unit)]
+    if unit.overhead:
+        factors = (("micro-batches", m), ("blocks", float(len(busiest.part.layers))), ("s", unit.overhead))
+        terms.append(Term("compute", "launching operators", factors))
     if busiest.recompute:
         terms.append(Term("recompute", "forward again", (("micro-batches", m), ("seconds", busiest.recompute))))
     communication = list(_communication(candidate, traffic, machine, busiest))
@@ -177,6 +188,13 @@ def step_time(candidate: Candidate, busiest: RankTime, traffic: Iterable[Traffic
         )
         terms.append(Term("bubble", f"{candidate.parallel.pp_schedule}: fill and drain", (("seconds", idle),)))
     return StepTime((*terms, _update(candidate, machine, busiest)))
+
+
+def _computed(phase: str, micro_batches: float, work: Work, unit: Pace) -> Iterator[Term]:
+    parts = (("matmuls", "FLOPs", work.matmul, unit.matmul), ("attention", "FLOPs", work.attention, unit.attention))
+    for what, name, amount, each in (*parts, ("memory", "bytes", work.bytes, unit.bytes)):
+        factors = (("micro-batches", micro_batches), (name, amount), (f"s/{name[:-1]}", each))
+        yield Term("compute", f"{phase}, {what}", factors)
 
 
 def _communication(
@@ -215,22 +233,12 @@ def _exposed(kind: Kind, what: str, beside: float, exposed: float) -> Term:
 
 def _update(candidate: Candidate, machine: Machine, rank: RankTime) -> Term:
     """AdamW reads gradient, weight and moments, writes the latter three and the copy that computes; the norm reads."""
-    s, model = sizes(candidate), candidate.model
-    ends = rank.part.first + rank.part.last
-    if model.tie_embeddings and ends == 2:
-        ends = 1
-    parameters = len(rank.part.layers) * s.weights + ends * model.hidden_size * vocabulary(candidate)
-    share = candidate.shards
-    moved = 32 + (candidate.width if candidate.width < 4 else 0)
-    bandwidth = machine.device.bandwidth * machine.device.bandwidth_efficiency
-    crowd = max(1.0, candidate.world_size / machine.device.per_node) if candidate.on_cpu else 1.0
-    factors = (
-        ("parameters", float(parameters)),
-        ("bytes", moved),
-        ("/shards", 1 / share),
-        ("/bandwidth", crowd / bandwidth),
-    )
-    return Term("optimizer", "AdamW and the gradients' norm", factors)
+    head = candidate.model.hidden_size * vocabulary(candidate)
+    ends = max(rank.part.first, rank.part.last) if candidate.model.tie_embeddings else rank.part.first + rank.part.last
+    parameters = len(rank.part.layers) * sizes(candidate).weights + ends * head
+    moved = 32.0 + (candidate.width if candidate.width < 4 else 0)
+    factors = (("parameters", float(parameters)), ("bytes", moved), ("1/shards", 1 / candidate.shards))
+    return Term("optimizer", "AdamW and the gradients' norm", (*factors, ("s/byte", pace(candidate, machine).bytes)))
 
 
 @lru_cache(maxsize=64)

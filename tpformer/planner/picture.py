@@ -51,7 +51,7 @@ def _bars(axes: Any, names: list[str], parts: dict[str, list[float]], label: str
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _pipeline(axes: Any, found: Plan) -> None:
@@ -76,6 +76,7 @@ def _pipeline(axes: Any, found: Plan) -> None:
 
 def _name(found: Plan) -> str:
     c, p = found.candidate, found.candidate.parallel
-    sp, mode = " sp" if p.sequence_parallel else "", f" {p.dp_mode}" if c.dp > 1 else ""
-    again = f" {p.recompute}" if p.recompute != "none" else ""
-    return f"tp {p.tp}{sp}, pp {p.pp}, dp {c.dp}{mode}, {c.micro_batch_size}{again}"
+    name = f"tp {p.tp}{' sp' * p.sequence_parallel}, pp {p.pp}"
+    name += f" {p.pp_schedule} x{p.num_stages // p.pp}" if p.pp > 1 else ""
+    name += f", dp {c.dp} {p.dp_mode}" if c.dp > 1 else ""
+    return f"{name}\nmicro-batch {c.micro_batch_size}" + (f", recompute {p.recompute}" if p.recompute != "none" else "")

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import fields
 
-from tpformer.planner.cost import StepTime, matmul_rate, model_flops
+from tpformer.planner.cost import Kind, StepTime, model_flops, pace
 from tpformer.planner.flags import torchrun_command
 from tpformer.planner.memory import Memory, explain_memory
 from tpformer.planner.search import Plan
 
-AXES = ("tp", "pp", "dp")
+AXES: tuple[Kind, ...] = ("tp", "pp", "dp")
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -26,8 +26,8 @@ def heading(found: Plan) -> str:
     return (
         f"PREDICTED, not measured: {c.model.num_parameters() / 1e9:.2f}B parameters on {c.world_size} x {device.name}, "
         f"{c.batch_size} samples of {c.seq_len} = {tokens:,} tokens a step, {c.parallel.precision}\n"
-        f"matmuls {matmul_rate(device, c.parallel.precision) / 1e12:.1f} of "
-        f"{device.flops[c.parallel.precision] / 1e12:.1f} TFLOP/s, memory {device.memory / 2**30:.0f} GiB; in the node "
+        f"matmuls {1e-12 / pace(c, found.machine).matmul:.3g} of "
+        f"{device.peak(c.parallel.precision) / 1e12:.3g} TFLOP/s, memory {device.memory / 2**30:.0f} GiB; in the node "
         f"{device.link.name} {device.link.bandwidth / 1e9:.0f} GB/s, between nodes {network.name} "
         f"{network.bandwidth / 1e9:.0f} GB/s a device"
     )
@@ -35,23 +35,22 @@ def heading(found: Plan) -> str:
 
 def _time_lines(plans: Sequence[Plan]) -> list[str]:
     lines = [
-        f"{'#':>3} {'tp':>5} {'pp':>3} {'schedule':22} {'dp':>5} {'mode':>9} {'batch':>5} {'recompute':>9} {'step':>8}"
-        f" {'tokens/s':>9} {'MFU':>6} {'bubble':>6} {'exposed: tp':>11} {'pp':>6} {'dp':>6}",
-        f"{'':>3} {'':>5} {'':>3} {'':22} {'':>5} {'':>9} {'micro':>5} {'':>9} {'s':>8} {'a device':>9} {'':>6} {'':>6}"
-        f" {'% of step':>11}",
+        f"{'#':>3} {'tp':>4} {'pp':>3} {'schedule':26} {'dp':>5} {'mode':>9} {'micro':>5} {'recompute':>9} {'step':>8}"
+        f" {'tokens/s':>8} {'MFU':>5} {'bubble':>6} {'waits: tp':>9} {'pp':>5} {'dp':>5}",
+        f"{'batch':>66} {'s':>18} {'a device':>8} {'%':>5} {'%':>6} {'%':>9} {'%':>5} {'%':>5}",
     ]
     for number, found in enumerate(plans, 1):
         c, p = found.candidate, found.candidate.parallel
         stages = f" x{p.num_stages // p.pp}" if p.num_stages > p.pp else ""
         schedule = f"{p.pp_schedule}{stages}" if p.pp > 1 else "-"
         mode = p.dp_mode + (f" {p.dp_shard}" if p.dp_shard else "") if c.dp > 1 else "-"
-        again = "-" if p.recompute == "none" else "full" if p.recompute == "full" else "+".join(p.recompute_modules)
-        exposed = [found.time.of(axis) / found.seconds for axis in AXES]  # type: ignore[arg-type]
-        tp = f"{p.tp} sp" if p.sequence_parallel else str(p.tp)
+        again = "+".join(p.recompute_modules) if p.recompute == "selective" else p.recompute.replace("none", "-")
+        waits = [100 * found.time.of(axis) / found.seconds for axis in AXES]
+        tp = f"{p.tp}sp" if p.sequence_parallel else str(p.tp)
         lines.append(
-            f"{number:>3} {tp:>5} {p.pp:>3} {schedule:22} {c.dp:>5} {mode:>9}"
-            f" {c.micro_batch_size:>5} {again:>9} {found.seconds:>8.3f} {found.tokens_per_second / c.world_size:>9.0f}"
-            f" {found.mfu:>6.1%} {found.bubble:>6.1%} {exposed[0]:>11.1%} {exposed[1]:>6.1%} {exposed[2]:>6.1%}"
+            f"{number:>3} {tp:>4} {p.pp:>3} {schedule:26} {c.dp:>5} {mode:>9} {c.micro_batch_size:>5} {again:>9}"
+            f" {found.seconds:>8.3f} {found.tokens_per_second / c.world_size:>8.0f} {100 * found.mfu:>5.1f}"
+            f" {100 * found.bubble:>6.1f} {waits[0]:>9.1f} {waits[1]:>5.1f} {waits[2]:>5.1f}"
         )
     return lines
 
@@ -92,7 +91,7 @@ def explain(found: Plan) -> str:
     lines = [heading(found), "", "time: terms, each the product of its factors", *time_lines(time)]
     lines += [
         f"MFU {found.mfu:.1%} = {model_flops(c):.4g} FLOPs of the model / ({found.seconds:.4g} s x {c.world_size} "
-        f"devices x {found.machine.device.flops[c.parallel.precision]:.4g} FLOP/s)",
+        f"devices x {found.machine.device.peak(c.parallel.precision):.4g} FLOP/s)",
         "",
         explain_memory(found.memory),
         "",

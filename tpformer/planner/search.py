@@ -17,7 +17,7 @@ from tpformer.planner.traffic import Traffic, traffic
 
 RESERVED = 0.08
 """Share of a device's memory that is left to its runtime, NCCL and the allocator's gaps."""
-PIPELINES = (("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4), ("interleaved_zero_bubble", 2), ("zbv", 2))
+PIPELINES = (("1f1b", 0), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4), ("interleaved_zero_bubble", 2), ("zbv", 0))
 RECOMPUTE: tuple[dict[str, Any], ...] = (
     {},
     {"recompute": "selective", "recompute_modules": ("mlp",)},
