@@ -5,13 +5,13 @@ Sources: arXiv 2006.15704 (buckets); ZeRO (arXiv 1910.02054); PyTorch FSDP (2304
 
 from collections import Counter
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 
 from tpformer.parallel_config import ZERO_BUBBLE, ParallelConfig
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.message import DTYPES, WIDTHS, Factors, Traffic
-from tpformer.planner.shapes import Shapes, block_shapes, end_shapes
+from tpformer.planner.shapes import Shapes, block_shapes, count, end_shapes
 from tpformer.planner.share import Share
 
 BUCKET_BYTES = 25 << 20
@@ -26,19 +26,33 @@ def dp_traffic(candidate: Candidate, share: Share) -> list[Traffic]:
 
 
 def _bucketed(candidate: Candidate, share: Share) -> list[Traffic]:
-    p = candidate.parallel
-    # a backward in two parts ends without a hook that could send: all go at the step's end
-    late = p.pp > 1 and p.pp_schedule in ZERO_BUBBLE
     sizes = bucket_sizes(candidate, share)
+    known = _by_hooks(candidate, share, sum(sizes))
+    in_backward = [end <= known for end in accumulate(sizes)]
     # the last one is complete when backward is over
-    groups = Counter((size, not late and number < len(sizes) - 1) for number, size in enumerate(sizes))
+    groups = Counter(zip(sizes, in_backward, [*in_backward[:-1], False], strict=True))
 
-    def row(size: int, hidden: bool, number: int) -> Traffic:
-        phase = "forward" if late else "backward"
+    def row(size: int, backward: bool, hidden: bool, number: int) -> Traffic:
+        phase = "backward" if backward else "forward"
         factors = ("numbers", size), ("bytes", 4)
         return Traffic("all_reduce", "dp", "float32", phase, "gradient bucket", hidden, factors, (("buckets", number),))
 
-    return [row(size, hidden, number) for (size, hidden), number in groups.items()]
+    return [row(*kind, number) for kind, number in groups.items()]
+
+
+def _by_hooks(candidate: Candidate, share: Share, total: int) -> int:
+    """How many numbers, from the last parameter on, are known to be complete while backward still runs.
+
+    None of a stage whose last backward is in two parts: its gradients are sent when the step is through. In torch's
+    DualPipeV only the last stage ends with a whole one.
+    """
+    p = candidate.parallel
+    if p.pp == 1 or p.pp_schedule not in ZERO_BUBBLE:
+        return total
+    if p.pp_schedule != "dualpipev" or not share.last:
+        return 0
+    _, after = end_shapes(candidate, False, True)
+    return count(after) + share.last_blocks * count(block_shapes(candidate))
 
 
 def bucket_sizes(candidate: Candidate, share: Share) -> tuple[int, ...]:

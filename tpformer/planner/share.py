@@ -27,6 +27,8 @@ class Share:
     """Stages whose input comes from another rank."""
     after: int
     """Stages whose output goes to another rank."""
+    last_blocks: int
+    """Blocks of the last stage, if that is here."""
     tied_peer: bool
     """The other end of the model, which has the same embedding, is on another rank."""
 
@@ -59,6 +61,7 @@ def _share(model: ModelConfig, seq_len: int, layout: tuple[Any, ...], every: int
         # V-shaped schedules hand over from a rank to itself where they turn
         before=sum(stage > 0 and rank_of(stage - 1, config) != pp_rank for stage in stages),
         after=sum(stage < len(parts) - 1 and rank_of(stage + 1, config) != pp_rank for stage in stages),
+        last_blocks=sum(len(part.layers) for part in mine if part.last),
         tied_peer=model.tie_embeddings and peers[0] != peers[1] and pp_rank in peers,
     )
 
