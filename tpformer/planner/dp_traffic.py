@@ -5,40 +5,58 @@ Sources: arXiv 2006.15704 (buckets); ZeRO (arXiv 1910.02054); PyTorch FSDP (2304
 
 from collections import Counter
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 
-from tpformer.parallel_config import ZERO_BUBBLE, ParallelConfig
+from tpformer.parallel.bubble import schedule_order
+from tpformer.parallel_config import ZERO_BUBBLE, ParallelConfig, Schedule
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.message import DTYPES, WIDTHS, Factors, Traffic
-from tpformer.planner.shapes import Shapes, block_shapes, end_shapes
+from tpformer.planner.shapes import Shapes, block_shapes, count, end_shapes
 from tpformer.planner.share import Share
 
 BUCKET_BYTES = 25 << 20
 """At which a bucket of gradients is full: that of `parallel.data.GradientBuckets`."""
 
+STAGES_GATHERED = 3
+"""Of a rank, at a time: torch's pipelines drop the others (`max_active_stages` of their schedules)."""
 
-def dp_traffic(candidate: Candidate, share: Share) -> list[Traffic]:
+
+def dp_traffic(candidate: Candidate, share: Share, pp_rank: int) -> list[Traffic]:
     """Of one rank."""
     if candidate.dp == 1:
         return []
-    return _bucketed(candidate, share) if candidate.shards == 1 else _sharded(candidate, share)
+    return _bucketed(candidate, share) if candidate.shards == 1 else _sharded(candidate, share, pp_rank)
 
 
 def _bucketed(candidate: Candidate, share: Share) -> list[Traffic]:
-    p = candidate.parallel
-    # a backward in two parts ends without a hook that could send: all go at the step's end
-    late = p.pp > 1 and p.pp_schedule in ZERO_BUBBLE
     sizes = bucket_sizes(candidate, share)
+    known = _by_hooks(candidate, share, sum(sizes))
+    in_backward = [end <= known for end in accumulate(sizes)]
     # the last one is complete when backward is over
-    groups = Counter((size, not late and number < len(sizes) - 1) for number, size in enumerate(sizes))
+    groups = Counter(zip(sizes, in_backward, [*in_backward[:-1], False], strict=True))
 
-    def row(size: int, hidden: bool, number: int) -> Traffic:
-        phase = "forward" if late else "backward"
+    def row(size: int, backward: bool, hidden: bool, number: int) -> Traffic:
+        phase = "backward" if backward else "forward"
         factors = ("numbers", size), ("bytes", 4)
         return Traffic("all_reduce", "dp", "float32", phase, "gradient bucket", hidden, factors, (("buckets", number),))
 
-    return [row(size, hidden, number) for (size, hidden), number in groups.items()]
+    return [row(*kind, number) for kind, number in groups.items()]
+
+
+def _by_hooks(candidate: Candidate, share: Share, total: int) -> int:
+    """How many numbers, from the last parameter on, are known to be complete while backward still runs.
+
+    None of a stage whose last backward is in two parts: its gradients are sent when the step is through. In torch's
+    DualPipeV only the last stage ends with a whole one.
+    """
+    p = candidate.parallel
+    if p.pp == 1 or p.pp_schedule not in ZERO_BUBBLE:
+        return total
+    if p.pp_schedule != "dualpipev" or not share.last:
+        return 0
+    _, after = end_shapes(candidate, False, True)
+    return count(after) + share.stages[-1][0] * count(block_shapes(candidate))
 
 
 def bucket_sizes(candidate: Candidate, share: Share) -> tuple[int, ...]:
@@ -61,46 +79,81 @@ def _buckets(
     return tuple(buckets)
 
 
-def _sharded(candidate: Candidate, share: Share) -> list[Traffic]:
+def _sharded(candidate: Candidate, share: Share, pp_rank: int) -> list[Traffic]:
     """A group for each block, and one for each stage that has an end of the model."""
     shards = candidate.shards
-    block = padded(block_shapes(candidate), shards)
-    found = _unit(candidate, ("a block's", block), (("blocks", share.blocks),), True)
-    for first, last in share.ends:
+    times = _gathers(candidate, pp_rank)
+    again = sum(number * blocks for number, (blocks, _, _) in zip(times, share.stages, strict=True))
+    found = _unit(candidate, "a block's", padded(block_shapes(candidate), shards), share.blocks, again)
+    for number, (_, first, last) in zip(times, share.stages, strict=True):
         before, after = end_shapes(candidate, first, last)
         both = padded(before, shards) + padded(after, shards)
-        found += _unit(candidate, (f"the {_name(first, last)}'s", both), (("ends", 1),), False)
-    return [traffic for traffic in found if traffic.calls]
+        if both:
+            found += _unit(candidate, f"the {_name(first, last)}'s", both, 1, number)
+    return found
 
 
-def _unit(candidate: Candidate, unit: tuple[str, int], each: Factors, block: bool) -> list[Traffic]:
-    """What one of FSDP2's groups sends; `unit`: whose, and its padded numbers."""
-    p, shards, (whose, numbers) = candidate.parallel, candidate.shards, unit
+def _unit(candidate: Candidate, whose: str, numbers: int, groups: int, gathered: int) -> list[Traffic]:
+    """What FSDP2's groups of so many padded numbers send, which it gathers for a step so often, all together."""
+    p, shards, block = candidate.parallel, candidate.shards, whose == "a block's"
     split = 1 < shards < candidate.dp
     axis, dtype = "dp_shard" if split else "dp", DTYPES[p.precision]
-    count: Factors = (("micro-batches", candidate.micro_batches),)
-    once = kept(p)  # gathered for the step
+    calls: Factors = (("groups", gathered),)
+    if not kept(p):
+        calls = ("micro-batches", candidate.micro_batches), *calls
     # pipelines reduce when their schedule is through: nothing is left to run beside it
     phase, hidden = ("forward", False) if p.pp > 1 else ("backward", block)
-    wide, narrow = (("numbers", numbers), ("bytes", 4)), (("numbers", numbers), ("bytes", WIDTHS[dtype]))
-    gradients = f"{whose} gradients"
-
-    def gather(phase: str, calls: Factors) -> Traffic:
-        return Traffic("all_gather", axis, dtype, phase, f"{whose} parameters", block, narrow, calls)
-
-    found = [gather("forward", each if once else (*count, *each))]
-    if block and not once:
-        found.append(gather("backward", (*count, *each)))
-    found.append(Traffic("reduce_scatter", axis, "float32", phase, gradients, hidden, wide, each))
+    narrow, wide = ((("numbers", numbers), ("bytes", width)) for width in (WIDTHS[dtype], 4))
+    weights, gradients = f"{whose} parameters", f"{whose} gradients"
+    found = [Traffic("all_gather", axis, dtype, "forward", weights, block, narrow, calls)]
+    if block and not kept(p):
+        found.append(Traffic("all_gather", axis, dtype, "backward", weights, block, narrow, calls))
+    once: Factors = (("groups", groups),)
+    found.append(Traffic("reduce_scatter", axis, "float32", phase, gradients, hidden, wide, once))
     if split:
         mine = (("numbers", numbers // shards), ("bytes", 4))
-        found.append(Traffic("all_reduce", "dp_replicate", "float32", phase, gradients, hidden, mine, each))
+        found.append(Traffic("all_reduce", "dp_replicate", "float32", phase, gradients, hidden, mine, once))
     return found
 
 
 def kept(p: ParallelConfig) -> bool:
-    """Whether what FSDP2 gathered stays for the whole step: zero2, and a pipeline with its many micro-batches."""
+    """Whether what FSDP2 gathered outlives a micro-batch: in zero2, and in a pipeline with its many."""
     return p.dp_mode == "zero2" or p.pp > 1
+
+
+def _gathers(candidate: Candidate, pp_rank: int) -> tuple[int, ...]:
+    """How often each stage of a rank is gathered in a step, or in a micro-batch if it is not kept."""
+    p = candidate.parallel
+    stages = p.num_stages // p.pp
+    if stages <= STAGES_GATHERED:
+        return (1,) * stages
+    return _rotated(p.pp_schedule, p.pp, candidate.micro_batches, stages)[pp_rank]
+
+
+@lru_cache(maxsize=256)
+def _rotated(schedule: Schedule, pp: int, micro_batches: int, stages: int) -> tuple[tuple[int, ...], ...]:
+    """Of a rank with more stages than torch keeps gathered: it has the next ones to be computed, and drops others."""
+    found = []
+    for actions in schedule_order(schedule, pp, micro_batches, stages):
+        upcoming = [action.stage for action in actions]
+        gathered: set[int] = set()
+        times = Counter[int]()
+        for place in range(len(upcoming)):
+            following = _next_stages(upcoming, place)
+            times.update(following - gathered)
+            gathered = following
+        found.append(tuple(times[stage] for stage in sorted(times)))
+    return tuple(found)
+
+
+def _next_stages(upcoming: list[int], place: int) -> set[int]:
+    """Those that are computed first from this place on."""
+    found: set[int] = set()
+    for number in range(place, len(upcoming)):
+        found.add(upcoming[number])
+        if len(found) == STAGES_GATHERED:
+            break
+    return found
 
 
 def padded(shapes: Shapes, shards: int) -> int:

@@ -21,8 +21,8 @@ class Share:
     """Has the first stage."""
     last: bool
     """Has the last one."""
-    ends: tuple[tuple[bool, bool], ...]
-    """Of each stage that has an end of the model: which (first, last)."""
+    stages: tuple[tuple[int, bool, bool], ...]
+    """Of each stage its blocks, and whether it is the first, the last one."""
     before: int
     """Stages whose input comes from another rank."""
     after: int
@@ -48,14 +48,13 @@ def _share(model: ModelConfig, seq_len: int, layout: tuple[Any, ...], every: int
     stages = stages_of(pp_rank, config)
     mine = [parts[stage] for stage in stages]
     layers = [layer for part in mine for layer in part.layers]
-    ends = tuple((part.first, part.last) for part in mine if part.first or part.last)
     peers = rank_of(0, config), rank_of(config.num_stages - 1, config)
     return Share(
         blocks=len(layers),
         recomputed=sum(layer % every == 0 for layer in layers) if every else 0,
         first=any(part.first for part in mine),
         last=any(part.last for part in mine),
-        ends=ends,
+        stages=tuple((len(part.layers), part.first, part.last) for part in mine),
         # V-shaped schedules hand over from a rank to itself where they turn
         before=sum(stage > 0 and rank_of(stage - 1, config) != pp_rank for stage in stages),
         after=sum(stage < len(parts) - 1 and rank_of(stage + 1, config) != pp_rank for stage in stages),

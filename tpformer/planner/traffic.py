@@ -25,7 +25,7 @@ def traffic(candidate: Candidate, pp_rank: int = 0, *, dp_rank: int = 0) -> tupl
     share = share_of(candidate, pp_rank)
     found = tp_traffic(candidate, share, dp_rank)
     found += pp_traffic(candidate, share, dp_rank)
-    found += dp_traffic(candidate, share)
+    found += dp_traffic(candidate, share, pp_rank)
     if candidate.world_size > 1:
         factors = ("sums", NORM_SUMS), ("bytes", 8)
         what, calls = "gradient norm, with the loss", (("steps", 1),)
