@@ -1,0 +1,265 @@
+"""What backward keeps of a forward, and what comes and goes beside it: terms of one block and of one micro-batch.
+
+Read off the layers: what their autograd Functions save (each storage once, however many views of it are saved), and
+what lives at the few moments of a step at which most can be alive. Dropout counts as 0.
+Source of the count by hand: arXiv 2205.05198, section 4 (34 sbh bytes a block, of which 5as²/h are never stored here).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from tpformer.layers.embedding import padded_vocab
+from tpformer.layers.linear_cross_entropy import LEAST_CHUNK
+from tpformer.models.gpt import GPTConfig
+from tpformer.planner.candidate import Candidate, ModelConfig
+from tpformer.planner.terms import Term, term
+
+Terms = tuple[Term, ...]
+CPU_CHUNK = 1 << 20
+"""Bytes of fp32 that the loss's reference works on at a time, on a CPU."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of one micro-batch on one rank."""
+
+    model: ModelConfig
+    b: int
+    s: int
+    tp: int
+    gathers: bool
+    """Sequence parallelism over more than one rank."""
+    width: int
+    """Bytes of a number that the model computes in."""
+    stream: int
+    """Bytes of a number of the residual stream."""
+    scaled: bool
+    """fp16."""
+    on_cpu: bool
+
+    @staticmethod
+    def of(candidate: Candidate) -> "Sizes":
+        """A candidate's."""
+        p, width = candidate.parallel, candidate.width
+        return Sizes(
+            candidate.model,
+            candidate.micro_batch_size,
+            candidate.seq_len,
+            p.tp,
+            p.sequence_parallel and p.tp > 1,
+            width,
+            4 if p.fp32_residual else width,
+            p.precision == "fp16",
+            candidate.on_cpu,
+        )
+
+    @property
+    def gpt(self) -> bool:
+        """LayerNorm, biases and learned positions."""
+        return isinstance(self.model, GPTConfig)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the rank."""
+        return self.model.attention.num_heads // self.tp
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads of the rank; a copy of one where there are more ranks."""
+        return max(1, self.model.attention.num_kv_heads // self.tp)
+
+    @property
+    def ffn(self) -> int:
+        """Inner features of the rank's MLP."""
+        model = self.model
+        return (model.ffn_size if isinstance(model, GPTConfig) else model.ffn_hidden_size) // self.tp
+
+    @property
+    def expands(self) -> bool:
+        """Keys and values are repeated for each query head: on a CPU, where torch's kernel is the faster for it."""
+        return self.on_cpu and self.heads != self.kv_heads
+
+    def whole(self, name: str, label: str, features: int, count: int = 1, width: int = 0) -> Term:
+        """(b, s, features), `count` times."""
+        several = (("tensors", count),) if count > 1 else ()
+        return term(name, *several, ("b", self.b), ("s", self.s), (label, features), ("bytes", width or self.width))
+
+    def local(self, name: str, count: int = 1, width: int = 0) -> Term:
+        """(b, s, d) or, under sequence parallelism, (b, s/tp, d), `count` times."""
+        length = ("s/tp", self.s // self.tp) if self.gathers else ("s", self.s)
+        several = (("tensors", count),) if count > 1 else ()
+        d = ("d", self.model.hidden_size)
+        return term(name, *several, ("b", self.b), length, d, ("bytes", width or self.width))
+
+
+class Step(NamedTuple):
+    """A moment of a block's backward: which of its saved tensors are there still, and what comes and goes."""
+
+    name: str
+    saved: Terms
+    transient: Terms
+    done: int
+    """Of the block's weights (down, gate and up, out, qkv), how many have their gradient."""
+
+
+class Block(NamedTuple):
+    """One block and one micro-batch."""
+
+    saved: Terms
+    """All that backward keeps, but its input."""
+    kept: Terms
+    """That where it is to be recomputed: less."""
+    steps: tuple[Step, ...]
+
+
+@lru_cache(maxsize=4096)
+def block(z: Sizes, recompute: str, modules: tuple[str, ...]) -> Block:
+    """What a block saves, and the moments of its backward; modules: those that selective recomputation runs again."""
+    attention, norms, mlp = _attention(z), _norms(z), _mlp(z)
+    kept: Terms = (*norms, *attention, *mlp)
+    if recompute == "full":
+        kept = ()
+    elif recompute == "selective":
+        inner = attention if "attention.core" not in modules else _attention_but_core(z)
+        kept = (*norms, *(() if "attention" in modules else inner), *(() if "mlp" in modules else mlp))
+    return Block((*norms, *attention, *mlp), kept, _steps(z, attention, norms, mlp))
+
+
+def _norms(z: Sizes) -> Terms:
+    """What the two norms give to the matmuls, the residual sum between them, and a row's statistics."""
+    statistics = (2 if z.gpt else 1) * 2
+    length = ("s/tp", z.s // z.tp) if z.gathers else ("s", z.s)
+    return (
+        z.local("norm outputs", 2),
+        z.local("residual stream after attention", width=z.stream),
+        term("norm statistics", ("tensors", statistics), ("b", z.b), length, ("bytes", 4)),
+    )
+
+
+def _attention(z: Sizes) -> Terms:
+    """q, k, v, the output and its log-sum-exp, as flash attention keeps them; views keep the whole projection."""
+    a = z.model.attention
+    q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
+    output = z.whole("attention output", "heads/tp x head_dim", q)
+    lse = z.whole("attention log-sum-exp", "heads/tp", z.heads, width=4)
+    packed = z.whole("q|k|v projection", "(heads + 2 kv_heads)/tp x head_dim", q + 2 * kv)
+    if z.gpt:
+        return packed, output, lse, *_mask(z)
+    found = [z.whole("rotated queries", "heads/tp x head_dim", q)]
+    if z.expands:
+        found.append(z.whole("keys and values, repeated for each head", "heads/tp x head_dim", q, 2))
+    else:
+        found.append(z.whole("rotated keys", "kv_heads/tp x head_dim", kv))
+    if a.qk_norm or not z.expands:
+        found.append(packed)
+    if a.qk_norm:
+        found.append(z.whole("q and k norms' statistics", "(heads + kv_heads)/tp", z.heads + z.kv_heads, width=4))
+        if z.kv_heads not in (1, z.heads):  # else the queries lie together
+            found.append(z.whole("queries before their norm", "heads/tp x head_dim", q))
+    return (*found, output, lse, *_mask(z))
+
+
+def _attention_but_core(z: Sizes) -> Terms:
+    """That without what the core alone keeps: its inputs stay, and its output, which the projection keeps."""
+    a = z.model.attention
+    inside = ("attention log-sum-exp", "attention mask", "keys and values, repeated for each head")
+    found = tuple(one for one in _attention(z) if one.name not in inside)
+    if not z.expands:
+        return found
+    kv = z.kv_heads * a.head_dim
+    found += (z.whole("rotated keys", "kv_heads/tp x head_dim", kv),)
+    if a.qk_norm:
+        return found
+    packed = z.whole("q|k|v projection", "(heads + 2 kv_heads)/tp x head_dim", z.heads * a.head_dim + 2 * kv)
+    return (*found, packed)
+
+
+def _mask(z: Sizes) -> Terms:
+    """Of a window that leaves something out, on a CPU; CUDA has a kernel without one."""
+    window = z.model.attention.sliding_window
+    if not z.on_cpu or window is None or window >= z.s:
+        return ()
+    return (term("attention mask", ("s", z.s), ("s", z.s), ("bytes", z.width)),)
+
+
+def _mlp(z: Sizes) -> Terms:
+    """The activation's inputs, and its output, which the second matmul reads."""
+    relu = z.gpt and z.model.activation == "relu"  # keeps its output only
+    return (z.whole("MLP activations", "ffn/tp", z.ffn, 1 if relu else 2 if z.gpt else 3),)
+
+
+def _steps(z: Sizes, attention: Terms, norms: Terms, mlp: Terms) -> tuple[Step, ...]:
+    """The moments of backward, in order."""
+    d, a = z.model.hidden_size, z.model.attention
+    q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
+    incoming = z.local("gradient of the residual stream", width=z.stream)
+    inner = 1 if z.gpt else 2  # what the first matmul of an MLP gives
+    left = tuple(one for one in norms if one.name != "norm statistics")
+    # of three tensors the output is no longer there
+    times = inner if z.gpt else (3 if z.on_cpu else 2)
+    products = 2 if z.on_cpu and not z.gpt else 1  # gate's and up's apart
+    gathered = (z.whole("gathered sequence and partial sums", "d", d, 2 if z.b == 1 else 4),) if z.gathers else ()
+    entered = (z.whole("input gradient of a column-parallel layer", "d", d, products), *gathered)
+    expanded = q if a.num_kv_heads != a.num_heads else kv
+    cores = [z.whole("gradients of queries and of the output", "heads/tp x head_dim", q, 2)]
+    cores.append(z.whole("gradients of keys and values", "heads/tp x head_dim", expanded, 2))
+    if not z.on_cpu:  # torch's flash kernel sums the queries' gradient in fp32
+        cores.append(z.whole("fp32 sum of the queries' gradient", "heads/tp x head_dim", q, width=4))
+    packed = z.whole("gradient of q|k|v", "(heads + 2 kv_heads)/tp x head_dim", q + 2 * kv, 3 if z.gpt else 1)
+    hidden = z.whole("gradients inside the MLP", "ffn/tp", z.ffn, times)
+    return (
+        Step("the MLP's activation", (*norms, *attention, *mlp), (incoming, hidden), 1),
+        Step(
+            "the MLP's first matmul",
+            (*norms, *attention),
+            (incoming, z.whole("gradients inside the MLP", "ffn/tp", z.ffn, inner), *entered),
+            2,
+        ),
+        Step("attention", (*left, *attention), (incoming, *cores), 3),
+        Step("the q|k|v projection", (*left,), (incoming, packed, *entered), 4),
+    )
+
+
+@lru_cache(maxsize=4096)
+def ends(z: Sizes) -> dict[str, Terms]:
+    """What the embedding keeps, what the loss takes while it runs, what it keeps, and the final norm's backward."""
+    d, n = z.model.hidden_size, z.b * z.s
+    v = padded_vocab(z.model.vocab_size, z.tp) // z.tp
+    chunk_bytes = max(LEAST_CHUNK, v * d * z.width)
+    tokens = min(n, max(1, chunk_bytes // (v * z.width)))
+    chunked = tokens < n
+    buffers = 2 if z.tp > 1 and chunked else 1
+    of_head = 4 if chunked or z.scaled else z.width
+    head = term("head's gradient", ("vocabulary/tp", v), ("d", d), ("bytes", of_head))
+    states = z.whole("gradient of the head's input", "d", d)
+    inputs = (z.local("head's input"), *((z.whole("head's input, gathered", "d", d),) if z.gathers else ()))
+    logits = term("logits", ("chunks", buffers), ("tokens", tokens), ("vocabulary/tp", v), ("bytes", z.width))
+    work = min(tokens, max(1, CPU_CHUNK // (4 * v))) if z.on_cpu else 0
+    copies = 1 if z.width == 4 else 2
+    scratch = term("softmax", ("tensors", copies), ("tokens", work), ("vocabulary/tp", v), ("bytes", 4))
+    numbers = term("numbers a token", ("tokens", n), ("numbers", 13), ("bytes", 4))
+    table = _table(z)
+    early = chunked or z.scaled
+    softmax = (*inputs, logits, states, numbers, scratch, *((head,) if early else ()))
+    products = (*inputs, logits, states, numbers, head)
+    wide = 2 if z.gpt else 3
+    local = z.local("gradients inside the final norm", (wide if z.width == 4 else wide + 2) if z.on_cpu else 2, width=4)
+    embedded = [z.whole("tokens", "ids", 1, width=8)]
+    if z.tp > 1:
+        embedded.append(z.whole("tokens elsewhere", "flags", 1, width=1))
+    return {
+        "embedding": tuple(embedded),
+        "rotations": table,
+        "softmax": softmax,
+        "products": products,
+        "head": (head,),
+        "norm": (states, head, local),
+    }
+
+
+def _table(z: Sizes) -> Terms:
+    """cos and sin of every position, which every block of a forward shares."""
+    if z.gpt:
+        return ()
+    return (term("rotary table", ("s", z.s), ("head_dim", z.model.attention.head_dim), ("bytes", 4)),)

@@ -1,0 +1,126 @@
+"""One micro-batch on one pipeline stage: what it keeps while it waits, and the moments at which most is there."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from tpformer.models.decoder import Part
+from tpformer.planner.activations import Sizes, Terms, block, ends
+from tpformer.planner.terms import Term
+from tpformer.planner.weights import block_weights
+from tpformer.parallel_config import ParallelConfig
+
+LEAST_OFFLOADED = 1 << 20
+"""Bytes of a saved storage that stays on the device although activations are offloaded, `parallel.offload`."""
+AHEAD = 4
+"""Storages that come back from the host before they are asked for."""
+
+
+class Saving(NamedTuple):
+    """How activation memory is saved: what a candidate says of it, and no more (moments are kept by it)."""
+
+    recompute: str
+    modules: tuple[str, ...]
+    every: int
+    offload: bool
+
+    @staticmethod
+    def of(p: ParallelConfig) -> "Saving":
+        """A layout's."""
+        return Saving(p.recompute, p.recompute_modules, p.recompute_every, p.offload_activations)
+
+
+class Moment(NamedTuple):
+    """Of a stage's micro-batch: what is kept for backward and what comes and goes."""
+
+    name: str
+    kept: Terms
+    transient: Terms
+    below: int
+    """Blocks of the stage that backward has yet to begin."""
+    gradients: int
+    """Numbers of the current block's gradients that are there, if they wait for the whole of it."""
+    bytes: int
+
+
+class StageMoments(NamedTuple):
+    """A stage's."""
+
+    waiting: Terms
+    """What a micro-batch keeps from its forward to its backward."""
+    waiting_bytes: int
+    moments: tuple[Moment, ...]
+    layers: int
+    neighbours: int
+    """Stages that it receives from: activations from the one before, gradients from the one behind."""
+
+
+@lru_cache(maxsize=4096)
+def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
+    """All moments of a stage that can be its fullest."""
+    count = len(part.layers)
+    waiting = _below(z, saving, part, count, count + part.first)
+    if part.last:
+        waiting = (*waiting, *_offloaded(saving, ends(z)["head"]))
+    moments: list[Moment] = []
+    if part.last:
+        kept = _below(z, saving, part, count, count + part.first)
+        names = {"softmax": "the loss's gradient", "products": "the head's gradient", "norm": "the final norm"}
+        moments = [_moment(name, kept, ends(z)[key], count) for key, name in names.items()]
+    for position in _positions(saving, part):
+        moments += _backward(z, saving, part, position)
+    return StageMoments(waiting, sum(t.bytes for t in waiting), tuple(moments), count, 2 - part.first - part.last)
+
+
+def _moment(name: str, kept: Terms, transient: Terms, below: int, gradients: int = 0) -> Moment:
+    return Moment(name, kept, transient, below, gradients, sum(t.bytes for t in (*kept, *transient)))
+
+
+def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Moment]:
+    """The moments of one block's backward; what has been recomputed of it is all there."""
+    found = block(z, saving.recompute, saving.modules)
+    below = _below(z, saving, part, position, position + part.first)
+    sizes = {weight.name: weight.numbers() for weight in block_weights(z.model, z.tp)}
+    order = ("mlp.down.weight", "mlp.up.weight" if z.gpt else "mlp.gate_up.weight", "attention.out.weight")
+    moments = []
+    for step in found.steps:
+        done = sum(sizes[name] for name in order[: step.done])
+        name = f"backward of block {part.layers[position]}, {step.name}"
+        moments.append(_moment(name, (*below, *step.saved), step.transient, position, done))
+    return moments
+
+
+def _positions(saving: Saving, part: Part) -> list[int]:
+    """The blocks of which one's backward can be the fullest: the last, the last that was not recomputed, the first."""
+    count = len(part.layers)
+    plain = [n for n, layer in enumerate(part.layers) if not _recomputed(saving, layer)]
+    again = [n for n, layer in enumerate(part.layers) if _recomputed(saving, layer)]
+    return sorted({0, max(0, count - 2), *plain[-1:], *again[-1:]}, reverse=True)
+
+
+def _recomputed(saving: Saving, layer: int) -> bool:
+    return saving.recompute != "none" and layer % saving.every == 0
+
+
+def _below(z: Sizes, saving: Saving, part: Part, blocks: int, streams: int) -> Terms:
+    """What backward needs of a stage's first blocks, and of the embedding."""
+    found = block(z, saving.recompute, saving.modules)
+    again = sum(_recomputed(saving, layer) for layer in part.layers[:blocks])
+    terms = [t.times(("blocks", blocks - again)) for t in found.saved if blocks > again]
+    terms += [t.times(("recomputed blocks", again)) for t in found.kept if again]
+    if streams:
+        terms.append(z.local("residual stream between blocks", width=z.stream).times(("blocks", streams)))
+    kept = _offloaded(saving, tuple(terms))
+    return (*kept, *ends(z)["rotations"], *(ends(z)["embedding"] if part.first else ()))
+
+
+def _offloaded(saving: Saving, terms: Terms) -> Terms:
+    """What of it stays on the device."""
+    return terms if not saving.offload else tuple(t for t in terms if _storage(t) < LEAST_OFFLOADED)
+
+
+def _storage(t: Term) -> int:
+    """Bytes of one tensor."""
+    copies = 1
+    for label, number in t.factors:
+        copies *= number if label in ("tensors", "blocks", "recomputed blocks") else 1
+    return t.bytes // copies
