@@ -4,10 +4,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.models.decoder import Part
+from tpformer.parallel_config import ParallelConfig
 from tpformer.planner.activations import Sizes, Terms, block, ends
 from tpformer.planner.terms import Term
 from tpformer.planner.weights import block_weights
-from tpformer.parallel_config import ParallelConfig
 
 LEAST_OFFLOADED = 1 << 20
 """Bytes of a saved storage that stays on the device although activations are offloaded, `parallel.offload`."""

@@ -35,9 +35,9 @@ def heading(found: Plan) -> str:
 
 def _time_lines(plans: Sequence[Plan]) -> list[str]:
     lines = [
-        f"{'#':>3} {'tp':>4} {'pp':>3} {'schedule':26} {'dp':>5} {'mode':>9} {'micro':>5} {'recompute':>9} {'step':>8}"
-        f" {'tokens/s':>8} {'MFU':>5} {'bubble':>6} {'waits: tp':>9} {'pp':>5} {'dp':>5}",
-        f"{'batch':>66} {'s':>18} {'a device':>8} {'%':>5} {'%':>6} {'%':>9} {'%':>5} {'%':>5}",
+        f"{'#':>2} {'tp':>4} {'pp':>3} {'schedule':26} {'dp':>5} {'mode':>9} {'micro':>5} {'again':>5} {'step':>8}"
+        f" {'tokens/s':>8} {'MFU':>5} {'bubble':>6} {'waits: tp':>9} {'pp':>4} {'dp':>4}",
+        f"{'batch':>60} {'s':>14} {'a device':>8} {'%':>5} {'%':>6} {'%':>9} {'%':>4} {'%':>4}",
     ]
     for number, found in enumerate(plans, 1):
         c, p = found.candidate, found.candidate.parallel
@@ -48,9 +48,9 @@ def _time_lines(plans: Sequence[Plan]) -> list[str]:
         waits = [100 * found.time.of(axis) / found.seconds for axis in AXES]
         tp = f"{p.tp}sp" if p.sequence_parallel else str(p.tp)
         lines.append(
-            f"{number:>3} {tp:>4} {p.pp:>3} {schedule:26} {c.dp:>5} {mode:>9} {c.micro_batch_size:>5} {again:>9}"
+            f"{number:>2} {tp:>4} {p.pp:>3} {schedule:26} {c.dp:>5} {mode:>9} {c.micro_batch_size:>5} {again:>5}"
             f" {found.seconds:>8.3f} {found.tokens_per_second / c.world_size:>8.0f} {100 * found.mfu:>5.1f}"
-            f" {100 * found.bubble:>6.1f} {waits[0]:>9.1f} {waits[1]:>5.1f} {waits[2]:>5.1f}"
+            f" {100 * found.bubble:>6.1f} {waits[0]:>9.1f} {waits[1]:>4.1f} {waits[2]:>4.1f}"
         )
     return lines
 
