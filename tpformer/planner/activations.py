@@ -16,6 +16,7 @@ from tpformer.planner.candidate import Candidate, ModelConfig
 from tpformer.planner.terms import Term, term
 
 Terms = tuple[Term, ...]
+QKV = "(heads + 2 kv_heads)/tp x head_dim"
 CPU_CHUNK = 1 << 20
 """Bytes of fp32 that the loss's reference works on at a time, on a CPU."""
 
@@ -94,12 +95,14 @@ class Sizes:
 
 
 class Step(NamedTuple):
-    """A moment of a block's backward: which of its saved tensors are there still, and what comes and goes."""
+    """A moment of a block's backward: which of its saved tensors are there, and what comes and goes."""
 
     name: str
     saved: Terms
     transient: Terms
-    done: int
+    waiting: Terms
+    """What the weights' gradients need that are put off (zero bubble), beside those two."""
+    weights: int
     """Of the block's weights (down, gate and up, out, qkv), how many have their gradient."""
 
 
@@ -111,19 +114,29 @@ class Block(NamedTuple):
     kept: Terms
     """That where it is to be recomputed: less."""
     steps: tuple[Step, ...]
+    """Of the backward of one that keeps all."""
+    steps_again: tuple[Step, ...]
+    """Of one that is recomputed."""
+    waiting: Terms
+    """What all its weights' gradients need, once backward is through."""
 
 
 @lru_cache(maxsize=4096)
 def block(z: Sizes, recompute: str, modules: tuple[str, ...]) -> Block:
     """What a block saves, and the moments of its backward; modules: those that selective recomputation runs again."""
     attention, norms, mlp = _attention(z), _norms(z), _mlp(z)
-    kept: Terms = (*norms, *attention, *mlp)
+    saved: Terms = (*norms, *attention, *mlp)
+    steps = _steps(z, norms, attention, attention, mlp)
+    again, kept = steps, saved
     if recompute == "full":
         kept = ()
     elif recompute == "selective":
         inner = attention if "attention.core" not in modules else _attention_but_core(z)
-        kept = (*norms, *(() if "attention" in modules else inner), *(() if "mlp" in modules else mlp))
-    return Block((*norms, *attention, *mlp), kept, _steps(z, attention, norms, mlp))
+        inner = () if "attention" in modules else inner
+        kept = (*norms, *inner, *(() if "mlp" in modules else mlp))
+        both = (*attention, *(one for one in inner if one not in attention))
+        again = _steps(z, norms, inner, both, mlp)
+    return Block(saved, kept, steps, again, _waiting(z))
 
 
 def _norms(z: Sizes) -> Terms:
@@ -143,7 +156,7 @@ def _attention(z: Sizes) -> Terms:
     q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
     output = z.whole("attention output", "heads/tp x head_dim", q)
     lse = z.whole("attention log-sum-exp", "heads/tp", z.heads, width=4)
-    packed = z.whole("q|k|v projection", "(heads + 2 kv_heads)/tp x head_dim", q + 2 * kv)
+    packed = z.whole("q|k|v projection", QKV, q + 2 * kv)
     if z.gpt:
         return packed, output, lse, *_mask(z)
     found = [z.whole("rotated queries", "heads/tp x head_dim", q)]
@@ -171,7 +184,7 @@ def _attention_but_core(z: Sizes) -> Terms:
     found += (z.whole("rotated keys", "kv_heads/tp x head_dim", kv),)
     if a.qk_norm:
         return found
-    packed = z.whole("q|k|v projection", "(heads + 2 kv_heads)/tp x head_dim", z.heads * a.head_dim + 2 * kv)
+    packed = z.whole("q|k|v projection", QKV, z.heads * a.head_dim + 2 * kv)
     return (*found, packed)
 
 
@@ -189,35 +202,64 @@ def _mlp(z: Sizes) -> Terms:
     return (z.whole("MLP activations", "ffn/tp", z.ffn, 1 if relu else 2 if z.gpt else 3),)
 
 
-def _steps(z: Sizes, attention: Terms, norms: Terms, mlp: Terms) -> tuple[Step, ...]:
-    """The moments of backward, in order."""
+def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) -> tuple[Step, ...]:
+    """The moments of backward, in order; before: what attention has saved as long as it is not recomputed."""
     d, a = z.model.hidden_size, z.model.attention
     q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
-    incoming = z.local("gradient of the residual stream", width=z.stream)
     inner = 1 if z.gpt else 2  # what the first matmul of an MLP gives
-    left = tuple(one for one in norms if one.name != "norm statistics")
-    # of three tensors the output is no longer there
-    times = inner if z.gpt else (3 if z.on_cpu else 2)
-    products = 2 if z.on_cpu and not z.gpt else 1  # gate's and up's apart
-    gathered = (z.whole("gathered sequence and partial sums", "d", d, 2 if z.b == 1 else 4),) if z.gathers else ()
-    entered = (z.whole("input gradient of a column-parallel layer", "d", d, products), *gathered)
-    expanded = q if a.num_kv_heads != a.num_heads else kv
-    cores = [z.whole("gradients of queries and of the output", "heads/tp x head_dim", q, 2)]
-    cores.append(z.whole("gradients of keys and values", "heads/tp x head_dim", expanded, 2))
-    if not z.on_cpu:  # torch's flash kernel sums the queries' gradient in fp32
-        cores.append(z.whole("fp32 sum of the queries' gradient", "heads/tp x head_dim", q, width=4))
-    packed = z.whole("gradient of q|k|v", "(heads + 2 kv_heads)/tp x head_dim", q + 2 * kv, 3 if z.gpt else 1)
-    hidden = z.whole("gradients inside the MLP", "ffn/tp", z.ffn, times)
+    normed = tuple(one for one in norms if one.name != "norm statistics")
+    incoming = z.local("gradient of the residual stream", width=z.stream)
+    copies = 1 if z.b == 1 else 2  # of several samples a gathered sequence is put together once more
+    dy = (z.whole("gathered gradient", "d", d, copies),) if z.gathers else ()
+    gathered = (z.whole("gathered sequence, and sums to be scattered", "d", d, 2 * copies - 1),) if z.gathers else ()
+    # on a CPU gate and up are products of their own
+    entered = (z.whole("input gradient of a column-parallel layer", "d", d, 1 if z.gpt else 2), *gathered)
+    entered = entered if z.on_cpu else (z.whole("input gradient of a column-parallel layer", "d", d), *gathered)
+    # of the activation's three or four, one lies where its output was
+    times = 1 if z.gpt else 3 if z.on_cpu else 2
+    waits = _waiting(z)
     return (
-        Step("the MLP's activation", (*norms, *attention, *mlp), (incoming, hidden), 1),
+        Step("the MLP's second matmul", (*norms, *before, *mlp), (incoming, *dy, _ffn(z, 1)), (), 1),
+        Step("the MLP's activation", (*norms, *before, *mlp), (incoming, _ffn(z, times)), waits[:1], 1),
+        Step("the MLP's first matmul", (*norms, *before), (incoming, _ffn(z, inner), *entered), waits[:1], 2),
+        Step("attention", (*normed, *attention), (incoming, *_core(z, q, kv)), waits[:2], 3),
         Step(
-            "the MLP's first matmul",
-            (*norms, *attention),
-            (incoming, z.whole("gradients inside the MLP", "ffn/tp", z.ffn, inner), *entered),
-            2,
+            "the q|k|v projection",
+            normed,
+            (incoming, z.whole("gradient of q|k|v", QKV, q + 2 * kv, 3 if z.gpt else 1), *entered[-1 - z.gathers :]),
+            waits[:3],
+            4,
         ),
-        Step("attention", (*left, *attention), (incoming, *cores), 3),
-        Step("the q|k|v projection", (*left,), (incoming, packed, *entered), 4),
+    )
+
+
+def _ffn(z: Sizes, count: int) -> Term:
+    return z.whole("gradients inside the MLP", "ffn/tp", z.ffn, count)
+
+
+def _core(z: Sizes, q: int, kv: int) -> Terms:
+    """Attention's own backward: of the output, queries, keys and values, these for each query head at first."""
+    a = z.model.attention
+    repeated = q if a.num_kv_heads != a.num_heads else kv
+    found = (
+        z.whole("gradients of queries and of the output", "heads/tp x head_dim", q, 2),
+        z.whole("gradients of keys and values", "heads/tp x head_dim", repeated, 2),
+    )
+    if z.on_cpu:
+        return found
+    return (*found, z.whole("fp32 sum of the queries' gradient", "heads/tp x head_dim", q, width=4))
+
+
+def _waiting(z: Sizes) -> Terms:
+    """The factors of the weights' gradients, each weight's input and its output's gradient: down, up, out, qkv."""
+    d, a = z.model.hidden_size, z.model.attention
+    q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
+    inner = 1 if z.gpt else 2
+    return (
+        z.whole("inputs of the MLP's second matmul", "ffn/tp", z.ffn),
+        z.whole("factors of the MLP's gradients", "(d + d + inner ffn/tp)", 2 * d + inner * z.ffn),
+        z.whole("factors of the attention output's gradient", "(d + heads/tp x head_dim)", d + q),
+        z.whole("factors of the q|k|v projection's gradient", "(d + (heads + 2 kv_heads)/tp x head_dim)", d + q + 2 * kv),
     )
 
 

@@ -31,3 +31,8 @@ def _alive(schedule: str, pp: int, stages: int, rank: int, count: int) -> tuple[
     forwards = min(before, count * stages)
     whole, rest = divmod(forwards, a_round * stages)
     return tuple(whole * a_round + min(a_round, max(0, rest - stage * a_round)) for stage in range(stages))
+
+
+def put_off(config: ParallelConfig, pp_rank: int) -> int:
+    """Weights' gradients of so many micro-batches wait at that moment; a rank further down has begun to put off more."""
+    return pp_rank if config.pp_schedule == "interleaved_zero_bubble" else 0

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from tpformer.parallel.split import stages_of
 from tpformer.planner.activations import Sizes, Terms
-from tpformer.planner.alive import alive
+from tpformer.planner.alive import alive, put_off
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.moments import Moment, Saving, StageMoments, stage_moments
 from tpformer.planner.state import ModelState
 from tpformer.planner.terms import term, total
+from tpformer.parallel_config import V_SHAPED
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 SLOTS, SLOT_NUMBERS = 3, 2 << 20
@@ -65,12 +66,12 @@ def memory(candidate: Candidate, pp_rank: int = 0, tp_rank: int = 0) -> Memory:
     for name, rank, size in (("pp_rank", pp_rank, p.pp), ("tp_rank", tp_rank, p.tp)):
         if not 0 <= rank < size:
             raise ValueError(f"{name} ({rank}) must be in 0..{size - 1}")
-    z, saving, parts = Sizes.of(candidate), Saving.of(p), candidate.parts
+    z, saving, parts = Sizes.of(candidate), Saving.of(candidate), candidate.parts
     stages = [stage_moments(z, saving, parts[stage]) for stage in stages_of(pp_rank, p)]
     state = ModelState.of(candidate, pp_rank)
     options = _options(state, stages, alive(p, pp_rank, candidate.micro_batches), candidate.micro_batches)
     _, best = max(options, key=lambda option: option[0])
-    return _memory(candidate, state, stages, best, z)
+    return _memory(candidate, state, stages, best, z, pp_rank)
 
 
 def _options(
@@ -91,14 +92,14 @@ def _options(
                 yield others + moment.bytes + beside, _Option(moment, number, now, later)
 
 
-def _memory(candidate: Candidate, state: ModelState, stages: list[StageMoments], best: _Option, z: Sizes) -> Memory:
+def _memory(candidate: Candidate, state: ModelState, stages: list[StageMoments], best: _Option, z: Sizes, pp_rank: int) -> Memory:
     """The terms of a moment."""
     parameters, gradients, optimizer = state.lasting()
     kept = list(best.moment.kept)
     for number, (stage, count) in enumerate(zip(stages, best.counts, strict=True)):
         others = count - (number == best.stage)
         kept += [one.times(("micro-batches", others)) for one in stage.waiting if others]
-    buffers = [*best.moment.transient, *_standing(candidate, state, stages, z)]
+    buffers = [*best.moment.transient, *_standing(candidate, state, stages, z), *_under_way(candidate, stages, z, best.counts, pp_rank)]
     if state.sharded:
         sums, beside = state.beside(best.moment, stages[best.stage].layers, best.later)
         gradients, buffers = (*gradients, *sums), [*buffers, *beside]
@@ -119,6 +120,21 @@ def _standing(candidate: Candidate, state: ModelState, stages: list[StageMoments
         tensors = 3 if candidate.width == 2 and not state.sharded else 2
         slots = ("slots", SLOTS), ("tensors", tensors), ("numbers", SLOT_NUMBERS), ("bytes", 4)
         found.append(term("optimizer state on its way", *slots))
+    return tuple(found)
+
+
+def _under_way(candidate: Candidate, stages: list[StageMoments], z: Sizes, counts: tuple[int, ...], rank: int) -> Terms:
+    """What has been sent and is not let go of yet, and what weights' gradients that were put off need."""
+    p, one = candidate.parallel, z.local("being sent", width=z.stream)
+    found = []
+    if p.pp > 1 and p.pp_schedule == "1f1b":
+        found.append(one.times(("neighbours", stages[0].neighbours)))
+    elif p.pp > 1 and p.pp_schedule != "gpipe":  # torch waits for what was sent at the end of a step
+        here = p.pp_schedule in V_SHAPED and rank == p.pp - 1  # from one stage of a rank to its other
+        sent = sum((candidate.micro_batches - n) * (stage.neighbours - here) for stage, n in zip(stages, counts, strict=True))
+        found += [one.times(("sent", sent))] if sent else []
+    if stages[-1].deferred and (late := put_off(p, rank)):
+        found += [t.times(("micro-batches", late)) for t in stages[-1].deferred]
     return tuple(found)
 
 

@@ -6,11 +6,14 @@ from typing import NamedTuple
 from tpformer.models.decoder import Part
 from tpformer.parallel_config import ParallelConfig
 from tpformer.planner.activations import Sizes, Terms, block, ends
-from tpformer.planner.terms import Term
+from tpformer.planner.candidate import Candidate
+from tpformer.planner.terms import Term, term
 from tpformer.planner.weights import block_weights
 
 LEAST_OFFLOADED = 1 << 20
 """Bytes of a saved storage that stays on the device although activations are offloaded, `parallel.offload`."""
+WEIGHTS = ("mlp.down.weight", "mlp.up.weight", "mlp.gate_up.weight", "attention.out.weight", "attention.qkv.weight")
+"""In the order of backward; an MLP has one of the second and third."""
 AHEAD = 4
 """Storages that come back from the host before they are asked for."""
 
@@ -22,11 +25,21 @@ class Saving(NamedTuple):
     modules: tuple[str, ...]
     every: int
     offload: bool
+    defers: bool
+    """Weights' gradients wait until after the activations' own (zero bubble)."""
+    writes: bool
+    """A weight's gradient is written before it is added to its sum: bf16 and fp16 on a CPU."""
 
     @staticmethod
-    def of(p: ParallelConfig) -> "Saving":
-        """A layout's."""
-        return Saving(p.recompute, p.recompute_modules, p.recompute_every, p.offload_activations)
+    def of(candidate: Candidate) -> "Saving":
+        """A candidate's."""
+        p = candidate.parallel
+        writes = candidate.on_cpu and candidate.width == 2 and candidate.shards == 1
+        direct = not writes and candidate.shards == 1  # what autograd computes comes with the activations'
+        defers = p.pp > 1 and p.pp_schedule in ("interleaved_zero_bubble", "zbv") and direct
+        return Saving(
+            p.recompute, p.recompute_modules, p.recompute_every, p.offload_activations, defers, writes
+        )
 
 
 class Moment(NamedTuple):
@@ -49,6 +62,8 @@ class StageMoments(NamedTuple):
     """What a micro-batch keeps from its forward to its backward."""
     waiting_bytes: int
     moments: tuple[Moment, ...]
+    deferred: Terms
+    """What a micro-batch keeps of which the weights' gradients have been put off."""
     layers: int
     neighbours: int
     """Stages that it receives from: activations from the one before, gradients from the one behind."""
@@ -68,7 +83,9 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
         moments = [_moment(name, kept, ends(z)[key], count) for key, name in names.items()]
     for position in _positions(saving, part):
         moments += _backward(z, saving, part, position)
-    return StageMoments(waiting, sum(t.bytes for t in waiting), tuple(moments), count, 2 - part.first - part.last)
+    deferred = block(z, saving.recompute, saving.modules).waiting if saving.defers else ()
+    deferred = tuple(t.times(("blocks", count)) for t in deferred)
+    return StageMoments(waiting, sum(t.bytes for t in waiting), tuple(moments), deferred, count, 2 - part.first - part.last)
 
 
 def _moment(name: str, kept: Terms, transient: Terms, below: int, gradients: int = 0) -> Moment:
@@ -77,15 +94,24 @@ def _moment(name: str, kept: Terms, transient: Terms, below: int, gradients: int
 
 def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Moment]:
     """The moments of one block's backward; what has been recomputed of it is all there."""
-    found = block(z, saving.recompute, saving.modules)
+    found, count = block(z, saving.recompute, saving.modules), len(part.layers)
     below = _below(z, saving, part, position, position + part.first)
-    sizes = {weight.name: weight.numbers() for weight in block_weights(z.model, z.tp)}
-    order = ("mlp.down.weight", "mlp.up.weight" if z.gpt else "mlp.gate_up.weight", "attention.out.weight")
+    last = position == count - 1
+    if not part.last:  # the schedule has the stage's output until backward is over
+        below = (*below, z.local("the stage's output", width=z.stream))
+    order = [weight for name in WEIGHTS for weight in block_weights(z.model, z.tp) if weight.name.startswith(name)]
     moments = []
-    for step in found.steps:
-        done = sum(sizes[name] for name in order[: step.done])
+    for step in found.steps_again if _recomputed(saving, part.layers[position]) else found.steps:
+        transient = step.transient[last and not part.last :]  # what arrives from the next stage lies in its buffer
+        if saving.defers:
+            above = count - 1 - position
+            transient += (*step.waiting, *(t.times(("blocks", above)) for t in found.waiting if above))
+        if saving.writes:
+            weight = order[step.weights - 1].numbers()
+            transient += (term("gradient of a weight", ("parameters", weight), ("bytes", z.width)),)
+        done = sum(weight.numbers() for weight in order[: step.weights])
         name = f"backward of block {part.layers[position]}, {step.name}"
-        moments.append(_moment(name, (*below, *step.saved), step.transient, position, done))
+        moments.append(_moment(name, (*below, *step.saved), transient, position, done))
     return moments
 
 
