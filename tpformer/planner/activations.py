@@ -259,7 +259,9 @@ def _waiting(z: Sizes) -> Terms:
         z.whole("inputs of the MLP's second matmul", "ffn/tp", z.ffn),
         z.whole("factors of the MLP's gradients", "(d + d + inner ffn/tp)", 2 * d + inner * z.ffn),
         z.whole("factors of the attention output's gradient", "(d + heads/tp x head_dim)", d + q),
-        z.whole("factors of the q|k|v projection's gradient", "(d + (heads + 2 kv_heads)/tp x head_dim)", d + q + 2 * kv),
+        z.whole(
+            "factors of the q|k|v projection's gradient", "(d + (heads + 2 kv_heads)/tp x head_dim)", d + q + 2 * kv
+        ),
     )
 
 

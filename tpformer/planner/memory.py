@@ -92,14 +92,20 @@ def _options(
                 yield others + moment.bytes + beside, _Option(moment, number, now, later)
 
 
-def _memory(candidate: Candidate, state: ModelState, stages: list[StageMoments], best: _Option, z: Sizes, pp_rank: int) -> Memory:
+def _memory(
+    candidate: Candidate, state: ModelState, stages: list[StageMoments], best: _Option, z: Sizes, pp_rank: int
+) -> Memory:
     """The terms of a moment."""
     parameters, gradients, optimizer = state.lasting()
     kept = list(best.moment.kept)
     for number, (stage, count) in enumerate(zip(stages, best.counts, strict=True)):
         others = count - (number == best.stage)
         kept += [one.times(("micro-batches", others)) for one in stage.waiting if others]
-    buffers = [*best.moment.transient, *_standing(candidate, state, stages, z), *_under_way(candidate, stages, z, best.counts, pp_rank)]
+    buffers = [
+        *best.moment.transient,
+        *_standing(candidate, state, stages, z),
+        *_under_way(candidate, stages, z, best.counts, pp_rank),
+    ]
     if state.sharded:
         sums, beside = state.beside(best.moment, stages[best.stage].layers, best.later)
         gradients, buffers = (*gradients, *sums), [*buffers, *beside]
@@ -131,7 +137,9 @@ def _under_way(candidate: Candidate, stages: list[StageMoments], z: Sizes, count
         found.append(one.times(("neighbours", stages[0].neighbours)))
     elif p.pp > 1 and p.pp_schedule != "gpipe":  # torch waits for what was sent at the end of a step
         here = p.pp_schedule in V_SHAPED and rank == p.pp - 1  # from one stage of a rank to its other
-        sent = sum((candidate.micro_batches - n) * (stage.neighbours - here) for stage, n in zip(stages, counts, strict=True))
+        sent = sum(
+            (candidate.micro_batches - n) * (stage.neighbours - here) for stage, n in zip(stages, counts, strict=True)
+        )
         found += [one.times(("sent", sent))] if sent else []
     if stages[-1].deferred and (late := put_off(p, rank)):
         found += [t.times(("micro-batches", late)) for t in stages[-1].deferred]

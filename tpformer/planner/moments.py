@@ -37,9 +37,7 @@ class Saving(NamedTuple):
         writes = candidate.on_cpu and candidate.width == 2 and candidate.shards == 1
         direct = not writes and candidate.shards == 1  # what autograd computes comes with the activations'
         defers = p.pp > 1 and p.pp_schedule in ("interleaved_zero_bubble", "zbv") and direct
-        return Saving(
-            p.recompute, p.recompute_modules, p.recompute_every, p.offload_activations, defers, writes
-        )
+        return Saving(p.recompute, p.recompute_modules, p.recompute_every, p.offload_activations, defers, writes)
 
 
 class Moment(NamedTuple):
@@ -85,7 +83,9 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
         moments += _backward(z, saving, part, position)
     deferred = block(z, saving.recompute, saving.modules).waiting if saving.defers else ()
     deferred = tuple(t.times(("blocks", count)) for t in deferred)
-    return StageMoments(waiting, sum(t.bytes for t in waiting), tuple(moments), deferred, count, 2 - part.first - part.last)
+    return StageMoments(
+        waiting, sum(t.bytes for t in waiting), tuple(moments), deferred, count, 2 - part.first - part.last
+    )
 
 
 def _moment(name: str, kept: Terms, transient: Terms, below: int, gradients: int = 0) -> Moment:
