@@ -75,7 +75,7 @@ def _layouts(row: Published) -> list[ParallelConfig]:
 def table(found: list[Compared]) -> str:
     """A line a row; then how many are close, and what is known of the tables that are not."""
     lines = [
-        f"{'table':16} {'run':28} {'GPUs':>5} {'published s':>11} {'predicted s':>11} {'ratio':>6} {'MFU predicted':>13}"
+        f"{'table':16} {'run':28} {'GPUs':>5} {'published s':>11} {'predicted s':>11} {'ratio':>6} {'its MFU':>7}"
     ]
     for one in found:
         lines.append(
