@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": FOUNDATIONS | {"layers", "models"},
     "checkpoint": FOUNDATIONS | {"layers", "models", "parallel"},
     "data": set(),
-    "planner": {"parallel_config", "mesh", "models", "layers", "placement", "parallel", "checkpoint"},
+    "planner": {"parallel_config", "mesh", "models", "layers", "placement", "parallel", "checkpoint", KERNELS},
     "doctor": {KERNELS},
     "train": FOUNDATIONS | {"layers", "models", "parallel", "checkpoint", "data", "planner"},
     "__init__": FOUNDATIONS | {"layers", "models", "parallel", "checkpoint", "data", "planner"},

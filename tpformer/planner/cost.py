@@ -14,8 +14,6 @@ from tpformer.planner.traffic import Traffic
 from tpformer.planner.work import Work, block_work, first_work, last_work, sizes, vocabulary
 
 Kind = Literal["compute", "recompute", "bubble", "tp", "pp", "dp", "optimizer"]
-ATTENTION_EFFICIENCY = 0.7
-"""Of fused attention's rate in that of matmuls: FlashAttention-2 (arXiv 2307.08691) has 50-73 % of an A100's peak."""
 MOST_CHUNKS = 4
 """Into which overlap.py cuts what it runs beside matmuls."""
 UNFUSED_ATTENTION_EFFICIENCY = 0.5
@@ -104,7 +102,7 @@ def pace(candidate: Candidate, machine: Machine) -> Pace:
     """Matmuls at the rate of large ones, all bytes at the memory's. Raises ValueError as Device.peak does."""
     device, crowd = machine.device, _crowd(candidate, machine)
     rate = device.peak(candidate.parallel.precision) * device.matmul_efficiency / crowd
-    share = ATTENTION_EFFICIENCY if machine.fused_attention else UNFUSED_ATTENTION_EFFICIENCY
+    share = device.attention_efficiency if machine.fused_attention else UNFUSED_ATTENTION_EFFICIENCY
     bandwidth = device.bandwidth * device.bandwidth_efficiency / crowd
     return Pace(1 / rate, 1 / (rate * share), 1 / bandwidth, crowd * device.overhead)
 

@@ -86,6 +86,8 @@ class Device:
     """Share of flops that large matmuls reach."""
     bandwidth_efficiency: float = 1.0
     """Share of the memory's bandwidth that pointwise operators reach."""
+    attention_efficiency: float = 0.7
+    """Fused attention's rate in that of matmuls: FlashAttention-2 (arXiv 2307.08691) has 50-73 % of an A100's peak."""
     overhead: float = 0.0
     """Seconds of a block's forward and backward that no size changes (a CPU's operators one by one)."""
     sources: dict[str, str] = field(default_factory=dict)
