@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tpformer.parallel.split import stages_of
+from tpformer.parallel_config import V_SHAPED
 from tpformer.planner.activations import Sizes, Terms
 from tpformer.planner.alive import alive, put_off
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.moments import Moment, Saving, StageMoments, stage_moments
 from tpformer.planner.state import ModelState
 from tpformer.planner.terms import term, total
-from tpformer.parallel_config import V_SHAPED
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 SLOTS, SLOT_NUMBERS = 3, 2 << 20

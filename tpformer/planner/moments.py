@@ -4,7 +4,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.models.decoder import Part
-from tpformer.parallel_config import ParallelConfig
 from tpformer.planner.activations import Sizes, Terms, block, ends
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.terms import Term, term
