@@ -65,11 +65,11 @@ def _all_reduce_seconds() -> float:
     call = collective("all_reduce", BYTES, 2, everyone())
     call()
     spent = []
-    for _ in range(15):
+    for _ in range(30):
         start = time.perf_counter()
         call()
         spent.append(time.perf_counter() - start)
-    return statistics.median(spent)
+    return sorted(spent)[len(spent) // 5]  # other processes only add to it
 
 
 def test_an_all_reduce_takes_what_the_link_says(machine: Device, ranks: Ranks) -> None:
