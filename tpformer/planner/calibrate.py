@@ -47,7 +47,7 @@ def calibrate(seconds: float = 20.0, processes: int = 2) -> Device:
         raise ValueError("calibrate measures machines without GPUs; for this one's, see tpformer plan --list-hardware")
     if not seconds > 0 or processes < 2:
         raise ValueError(f"seconds ({seconds}) must be above 0 and processes ({processes}) at least 2")
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     groups = (processes, 4) if seconds >= 15 and processes < 4 else (processes,)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     found = _run(Run(store.port, max(cores, *groups), cores, groups, seconds))
