@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import Ranks
-from tpformer.planner.calibrate import OPS, SIZES, calibrate, collective
+from tpformer.planner.calibrate import OPS, SIZES, Run, _run, calibrate, collective, quick
 from tpformer.planner.hardware import device
 from tpformer.planner.machine import Device, Link, Timing
 from tpformer.planner.operators import (
@@ -65,11 +65,11 @@ def _all_reduce_seconds() -> float:
     call = collective("all_reduce", BYTES, 2, everyone())
     call()
     spent = []
-    for _ in range(15):
+    for _ in range(30):
         start = time.perf_counter()
         call()
         spent.append(time.perf_counter() - start)
-    return statistics.median(spent)
+    return quick(spent)
 
 
 def test_an_all_reduce_takes_what_the_link_says(machine: Device, ranks: Ranks) -> None:
@@ -161,3 +161,14 @@ def test_a_wrong_line_through_the_sizes_is_seen(machine: Device) -> None:
     timing = next(one for one in machine.link.measured if one.op == "all_reduce")
     fast = Link("fast", 1, 1, "a test", measured=(Timing("all_reduce", 2, timing.latency / 3, 3 * timing.bandwidth),))
     assert fast.seconds("all_reduce", BYTES, 2) != pytest.approx(machine.link.seconds("all_reduce", BYTES, 2), rel=0.5)
+
+
+def test_a_process_that_fails_ends_it_with_its_error() -> None:
+    """A group of two among one process cannot be."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError, match=r"a process of the calibration failed(.|\n)*world"):
+        _run(Run(store.port, world_size=1, cores=1, groups=(2,), seconds=0.01))
+
+
+def test_quick_is_below_the_disturbed() -> None:
+    assert quick([9.0, 1.0, 8.0, 1.1, 7.0, 6.0]) == 1.1

@@ -100,6 +100,7 @@ def link(name: str) -> Link:
 
 
 _MAMF = "S. Bekman, ml-engineering, table of maximum achievable matmul FLOPS"
+_ATTENTION = "FlashAttention-2, arXiv 2307.08691: 50 to 73 % of an A100's peak; assumed elsewhere"
 _POINTWISE = "assumed: large copies reach 0.80 to 0.92 of a data sheet's bandwidth"
 
 
@@ -117,7 +118,7 @@ def _gpu(name: str, flops: tuple[float, float, float], memory: tuple[float, floa
         rest.pop("source"),
         efficiency,
         0.85,
-        sources={"matmul_efficiency": why, "bandwidth_efficiency": _POINTWISE},
+        sources={"matmul_efficiency": why, "bandwidth_efficiency": _POINTWISE, "attention_efficiency": _ATTENTION},
     )
 
 
