@@ -115,7 +115,7 @@ BROKEN: dict[str, tuple[str, Any, str, Any]] = {
     "one statistic more": ("chunks of the loss", tp_traffic, "STATISTICS", 4),
     "no partial sums": ("query and key norms", tp_traffic, "_partial_sum", lambda *_: []),
     "copied rows of another replica": ("uneven rows", tp_traffic, "_present", lambda c, *_: c.rows * c.width),
-    "other buckets": ("buckets", dp_traffic, "_buckets", lambda *_: (22336, 22336)),
+    "other buckets": ("buckets", dp_traffic, "bucket_sizes", lambda *_: (22336, 22336)),
     "backward sends them all": ("buckets without a bubble", dp_traffic, "_by_hooks", lambda *_: None),
     "backward sends none": ("buckets without a bubble", dp_traffic, "_by_hooks", lambda *_: 0),
     "rows without padding": ("bf16 fsdp", dp_traffic, "padded", lambda shapes, _: dp_traffic.count(shapes)),
@@ -162,7 +162,7 @@ def test_an_example_by_hand() -> None:
     assert (blocks.bytes, blocks.calls, blocks.total) == (16 * 2**20, 128, 2**31)
     assert blocks.sent(8) == 2**31 * 2 * 7 // 8
     assert not blocks.hidden
-    (gradient,) = [each for each in found if each.what.startswith("gradient of what enters a block")]
+    (gradient,) = [each for each in found if each.what == "gradient of two regions' input"]
     assert gradient.hidden
     assert replace(blocks, op="all_gather").sent(8) == 2**31 * 7 // 8
     assert replace(blocks, op="send").sent(8) == blocks.total

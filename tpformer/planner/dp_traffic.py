@@ -60,15 +60,15 @@ def _kinds(
     sizes: tuple[tuple[int, ...], ...], blocks: int, known: int | None, bucket_bytes: int
 ) -> tuple[tuple[int, bool, bool, int], ...]:
     """Numbers of a bucket, whether backward sends it, whether beside computation, and how many such there are."""
-    buckets = _buckets(sizes, blocks, bucket_bytes)
+    buckets = bucket_sizes(sizes, blocks, bucket_bytes)
     in_backward = [known is None or end <= known for end in accumulate(buckets)]
     # the last one is complete when backward is over
     kinds = Counter(zip(buckets, in_backward, [*in_backward[:-1], False], strict=True))
     return tuple((*kind, number) for kind, number in kinds.items())
 
 
-def _buckets(sizes: tuple[tuple[int, ...], ...], blocks: int, bucket_bytes: int) -> list[int]:
-    """As `parallel.data` groups them: from the last parameter to the first, each bucket until it is full.
+def bucket_sizes(sizes: tuple[tuple[int, ...], ...], blocks: int, bucket_bytes: int) -> list[int]:
+    """Numbers in each bucket, as `parallel.data` fills them: from the last parameter to the first, each until full.
 
     sizes: of the parameters before the blocks, of a block's, and of those after them.
     """
