@@ -1,6 +1,7 @@
 """Of any module: what its parallel layers send is the trace's, and the rest is counted by hand."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tpformer.layers.attention import AttentionConfig, SelfAttention
 from tpformer.layers.embedding import VocabParallelHead
 from tpformer.layers.norm import RMSNorm
 from tpformer.parallel.data import GradientBuckets
-from tpformer.planner import dp_traffic, layer_traffic
+from tpformer.planner import dp_traffic
 from tpformer.planner.module_traffic import module_traffic
 from tpformer.trace import trace_communication
 
@@ -72,17 +73,34 @@ def test_parallel_layers_send_what_was_counted(
 ) -> None:
     """With copies, partial gradients and several buckets; the same on every rank."""
     monkeypatch.setattr(dp_traffic, "BUCKET_BYTES", BUCKET_BYTES)
+    step = counted_step(Own(Mesh(sequence_parallel=layout.sequence_parallel)), layout)
+    assert [step] * (layout.tp * (layout.dp or 1)) == ranks(traced, layout.tp * (layout.dp or 1), layout)
+
+
+def counted_step(model: nn.Module, layout: ParallelConfig) -> Counter[Kind]:
     tokens = torch.zeros(B, S, dtype=torch.int64)
-    model = Own(Mesh(sequence_parallel=layout.sequence_parallel))
-    step = module_traffic(model, tokens, layout, micro_batches=MICRO_BATCHES).step
-    for found in ranks(traced, layout.tp * (layout.dp or 1), layout):
-        assert counted(step) == found
-    if layout.tp > 1:  # the controls
-        monkeypatch.setattr(layer_traffic.ColumnParallelLinear, "gather_output", False, raising=False)
-        for broken in (Own(Mesh(sequence_parallel=layout.sequence_parallel)), model):
-            broken.whole.gather_output = False
-            broken.up.weight.requires_grad_(broken is model)
-            assert counted(module_traffic(broken, tokens, layout, micro_batches=MICRO_BATCHES).step) != found
+    return counted(module_traffic(model, tokens, layout, micro_batches=MICRO_BATCHES).step)
+
+
+CHANGES: dict[str, Callable[[Own], Any]] = {
+    "the output is not gathered": lambda own: setattr(own.whole, "gather_output", False),
+    "the input is cut already": lambda own: setattr(own.cut, "input_is_parallel", True),
+    "nothing is frozen": lambda own: own.up.weight.requires_grad_(True),
+    "the embedding is": lambda own: own.embedding.weight.requires_grad_(False),
+    "a norm more": lambda own: own.up.register_module("norm", RMSNorm(D, mesh=Mesh(sequence_parallel=True))),
+    "no query norm": lambda own: setattr(own.attention.q_norm, "placements", {"weight": own.down.placements["weight"]}),
+}
+
+
+def test_a_model_that_differs_is_told_apart(ranks: Ranks) -> None:
+    """The controls: each changes what a step sends."""
+    layout = LAYOUTS[1]
+    found = ranks(traced, 2, layout)[0]
+    for name, change in CHANGES.items():
+        model = Own(Mesh(sequence_parallel=True))
+        assert counted_step(model, layout) == found
+        change(model)
+        assert counted_step(model, layout) != found, name
 
 
 class Plain(nn.Module):
@@ -128,7 +146,7 @@ def test_any_module_by_hand() -> None:
     assert by_name.step == ()
 
 
-def test_gradients_in_the_parameters_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_in_the_parameters_dtype() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).to(torch.bfloat16))
     module.forward = lambda x: module[1](module[0](x).bfloat16())  # type: ignore[method-assign]
     own = module_traffic(module, torch.zeros(1, 4), ParallelConfig(dp=2), gradient_dtype=None)
