@@ -30,53 +30,55 @@ def dp_traffic(candidate: Candidate, share: Share, pp_rank: int) -> list[Traffic
 
 
 def _bucketed(candidate: Candidate, share: Share) -> list[Traffic]:
-    sizes = bucket_sizes(candidate, share)
-    known = _by_hooks(candidate, share, sum(sizes))
-    in_backward = [end <= known for end in accumulate(sizes)]
-    # the last one is complete when backward is over
-    groups = Counter(zip(sizes, in_backward, [*in_backward[:-1], False], strict=True))
-
     def row(size: int, backward: bool, hidden: bool, number: int) -> Traffic:
         phase = "backward" if backward else "forward"
         factors = ("numbers", size), ("bytes", 4)
         return Traffic("all_reduce", "dp", "float32", phase, "gradient bucket", hidden, factors, (("buckets", number),))
 
-    return [row(*kind, number) for kind, number in groups.items()]
+    before, after = end_shapes(candidate, share.first, share.last)
+    sizes = tuple(tuple(map(prod, shapes.values())) for shapes in (before, block_shapes(candidate), after))
+    return [row(*kind) for kind in _kinds(sizes, share.blocks, _by_hooks(candidate, share), BUCKET_BYTES)]
 
 
-def _by_hooks(candidate: Candidate, share: Share, total: int) -> int:
-    """How many numbers, from the last parameter on, are known to be complete while backward still runs.
+def _by_hooks(candidate: Candidate, share: Share) -> int | None:
+    """How many numbers, from the last parameter on, are known to be complete while backward still runs; None: all.
 
     None of a stage whose last backward is in two parts: its gradients are sent when the step is through. In torch's
     DualPipeV only the last stage ends with a whole one.
     """
     p = candidate.parallel
     if p.pp == 1 or p.pp_schedule not in ZERO_BUBBLE:
-        return total
+        return None
     if p.pp_schedule != "dualpipev" or not share.last:
         return 0
     _, after = end_shapes(candidate, False, True)
     return count(after) + share.stages[-1][0] * count(block_shapes(candidate))
 
 
-def bucket_sizes(candidate: Candidate, share: Share) -> tuple[int, ...]:
-    """Numbers in each bucket of gradients, in the order in which backward fills them."""
-    before, after = end_shapes(candidate, share.first, share.last)
-    sizes = tuple(tuple(map(prod, shapes.values())) for shapes in (before, block_shapes(candidate), after))
-    return _buckets(*sizes, share.blocks, BUCKET_BYTES)
-
-
 @lru_cache(maxsize=4096)
-def _buckets(
-    before: tuple[int, ...], block: tuple[int, ...], after: tuple[int, ...], blocks: int, bucket_bytes: int
-) -> tuple[int, ...]:
-    """As `parallel.data` groups them: from the last parameter to the first, each bucket until it is full."""
+def _kinds(
+    sizes: tuple[tuple[int, ...], ...], blocks: int, known: int | None, bucket_bytes: int
+) -> tuple[tuple[int, bool, bool, int], ...]:
+    """Numbers of a bucket, whether backward sends it, whether beside computation, and how many such there are."""
+    buckets = bucket_sizes(sizes, blocks, bucket_bytes)
+    in_backward = [known is None or end <= known for end in accumulate(buckets)]
+    # the last one is complete when backward is over
+    kinds = Counter(zip(buckets, in_backward, [*in_backward[:-1], False], strict=True))
+    return tuple((*kind, number) for kind, number in kinds.items())
+
+
+def bucket_sizes(sizes: tuple[tuple[int, ...], ...], blocks: int, bucket_bytes: int) -> list[int]:
+    """Numbers in each bucket, as `parallel.data` fills them: from the last parameter to the first, each until full.
+
+    sizes: of the parameters before the blocks, of a block's, and of those after them.
+    """
+    before, block, after = (tuple(reversed(part)) for part in sizes)
     buckets: list[int] = []
-    for size in chain(reversed(after), *[tuple(reversed(block))] * blocks, reversed(before)):
+    for size in chain(after, *[block] * blocks, before):
         if not buckets or 4 * buckets[-1] >= bucket_bytes:
             buckets.append(0)
         buckets[-1] += size
-    return tuple(buckets)
+    return buckets
 
 
 def _sharded(candidate: Candidate, share: Share, pp_rank: int) -> list[Traffic]:

@@ -21,7 +21,17 @@ WITH_ROW = ("attention", "attention.out", "mlp", "mlp.down")
 
 
 def tp_traffic(candidate: Candidate, share: Share, dp_rank: int) -> list[Traffic]:
-    """Of one rank. Where matmuls overlap with communication, a call stands for its chunks: they carry the same."""
+    """Of one rank."""
+    if candidate.parallel.tp == 1:
+        return []
+    return [*layers_traffic(candidate, share), *_partial_sum(candidate, share, dp_rank)]
+
+
+def layers_traffic(candidate: Candidate, share: Share) -> list[Traffic]:
+    """What the layers send as they run; what is sent once for all of them is not here.
+
+    Where matmuls overlap with communication, a call stands for its chunks: they carry the same.
+    """
     p = candidate.parallel
     if p.tp == 1:
         return []
@@ -32,10 +42,7 @@ def tp_traffic(candidate: Candidate, share: Share, dp_rank: int) -> list[Traffic
     again = (share.recomputed * enters, share.recomputed * leaves)
     doors = _gathered if p.sequence_parallel else _reduced
     found = [*doors(DTYPES[p.precision], sizes, counts, again, overlaps)]
-    if share.last:
-        found += _statistics(candidate)
-    found += _partial_sum(candidate, share, dp_rank)
-    return found
+    return found + _statistics(candidate) if share.last else found
 
 
 def replays(p: ParallelConfig, overlaps: bool) -> tuple[int, int]:
@@ -65,11 +72,11 @@ def _reduced(
 
     regions = ("blocks", blocks), ("regions", 2)
     found = (
-        row("forward", "embedding, of every rank's part of the vocabulary", False, ("embedding", first)),
+        row("forward", "embedding of all ranks' vocabulary", False, ("embedding", first)),
         row("forward", "sum of a block's two regions", False, *regions),
-        row("backward", "the same, computed again", False, ("recomputed", leaves)),
-        row("backward", "gradient of what enters a block's two regions", True, *regions),
-        row("backward", "gradient of what enters the head", True, ("head", last)),
+        row("backward", "sum of regions, recomputed", False, ("recomputed", leaves)),
+        row("backward", "gradient of two regions' input", True, *regions),
+        row("backward", "gradient of the head's input", True, ("head", last)),
     )
     return tuple(traffic for traffic in found if traffic.calls)
 
@@ -87,16 +94,16 @@ def _gathered(
 
     gather, scatter, regions = "all_gather", "reduce_scatter", (("blocks", blocks), ("regions", 2))
     found = (
-        row(scatter, "forward", "embedding, of every rank's part of the vocabulary", False, ("embedding", first)),
+        row(scatter, "forward", "embedding of all ranks' vocabulary", False, ("embedding", first)),
         row(gather, "forward", "input of a block's two regions", overlaps, *regions),
         row(scatter, "forward", "sum of a block's two regions", overlaps, *regions),
         row(gather, "forward", "input of the head", False, ("head", last)),
-        row(gather, "backward", "input of regions, computed again", overlaps, ("recomputed", enters)),
-        row(scatter, "backward", "sum of regions, computed again", overlaps, ("recomputed", leaves)),
-        row(gather, "backward", "gradient of a block's two regions", overlaps, *regions),
-        row(gather, "backward", "input of a block's two regions, for the weights' gradients", True, *regions),
-        row(scatter, "backward", "gradient of what enters a block's two regions", True, *regions),
-        row(scatter, "backward", "gradient of what enters the head", True, ("head", last)),
+        row(gather, "backward", "input of regions, recomputed", overlaps, ("recomputed", enters)),
+        row(scatter, "backward", "sum of regions, recomputed", overlaps, ("recomputed", leaves)),
+        row(gather, "backward", "gradient of two regions' output", overlaps, *regions),
+        row(gather, "backward", "input again, for weights' gradients", True, *regions),
+        row(scatter, "backward", "gradient of two regions' input", True, *regions),
+        row(scatter, "backward", "gradient of the head's input", True, ("head", last)),
         row(gather, "backward", "gradient of the embedding", False, ("embedding", first)),
     )
     return tuple(traffic for traffic in found if traffic.calls)
@@ -133,7 +140,7 @@ def _partial_sum(candidate: Candidate, share: Share, dp_rank: int) -> list[Traff
     numbers = share.blocks * block + ends
     if not numbers:
         return []
-    what = "partial gradients of norms, biases and copies"
+    what = "partial gradients of copies"
     factors = ("numbers", numbers), ("bytes", 4)
     return [Traffic("all_reduce", "tp", "float32", "forward", what, False, factors, (("steps", 1),))]
 
