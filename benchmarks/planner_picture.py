@@ -21,7 +21,7 @@ def plot(path: Path, comparison: dict[str, Any]) -> None:
     axes.plot(ends, ends, color="black", linewidth=1)
     axes.fill_between(ends, [x * (1 - share) for x in ends], [x * (1 + share) for x in ends], color="gray", alpha=0.2)
     for name, pairs in groups.items():
-        axes.scatter(*zip(*pairs, strict=True), label=name, s=18)
+        axes.plot(*zip(*pairs, strict=True), "o", label=name, markersize=4)
     axes.set(xscale="log", yscale="log", xlabel=f"{known} seconds a step", ylabel="PREDICTED seconds a step")
     axes.set_title(f"gray: within {share:.0%}", fontsize=10)
     axes.legend(fontsize=8)

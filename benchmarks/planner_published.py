@@ -74,9 +74,7 @@ def _layouts(row: Published) -> list[ParallelConfig]:
 
 def table(found: list[Compared]) -> str:
     """A line a row; then how many are close, and what is known of the tables that are not."""
-    lines = [
-        f"{'table':16} {'run':28} {'GPUs':>5} {'published s':>11} {'predicted s':>11} {'ratio':>6} {'its MFU':>7}"
-    ]
+    lines = [f"{'table':16} {'run':28} {'GPUs':>5} {'published s':>11} {'predicted s':>11} {'ratio':>6} {'its MFU':>7}"]
     for one in found:
         lines.append(
             f"{one.row.table:16} {one.row.name[:28]:28} {one.row.gpus:>5} {one.row.step_seconds:>11.3f}"
@@ -86,8 +84,9 @@ def table(found: list[Compared]) -> str:
     for name in dict.fromkeys(one.row.table for one in found):
         mine = [one for one in found if one.row.table == name]
         close = sum(one.close for one in mine)
-        why = f"; missed: {WHY[name]}" if close < len(mine) and name in WHY else ""
-        lines.append(f"{name}: {close} of {len(mine)} rows within {CLOSE:.0%}{why}")
+        lines.append(f"{name}: {close} of {len(mine)} rows within {CLOSE:.0%}")
+        if close < len(mine):
+            lines.append(f"    missed: {WHY.get(name, 'not known why')}")
     return "\n".join(lines)
 
 

@@ -1,15 +1,19 @@
 """Predicted beside published and measured: what counts as close, what order means, and how near the planner is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from benchmarks import harness, planner, planner_published
-from benchmarks.planner import Measured, measure, order, predict, table
-from benchmarks.planner_layouts import Case, cases
+from benchmarks import harness, planner, planner_published, planner_steps
+from benchmarks.planner import Measured, order, predict, table
+from benchmarks.planner_layouts import MODEL, Case, cases
 from benchmarks.planner_picture import plot, points
+from benchmarks.planner_steps import step_of
+from tests.distributed import Ranks
 from tpformer import ParallelConfig
 from tpformer.planner.hardware import device
 
@@ -65,11 +69,19 @@ def test_the_picture_of_both(tmp_path: Path, published: list[planner_published.C
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
 
 
-def test_layouts_are_measured_under_torchrun() -> None:
-    """Every one of those on one process, and their losses agree; one round."""
-    found = measure(1, 1)
-    assert list(found) == [case.name for case in cases(1)]
-    assert all(len(samples) == 1 and samples[0].seconds > 0 for samples in found.values())
+def losses_of_two_processes() -> dict[str, list[float]]:
+    """On a rank: two steps of every layout on two processes, of a smaller model."""
+    with patch.object(planner_steps, "MODEL", replace(MODEL, vocab_size=256, hidden_size=64, ffn_hidden_size=96)):
+        return {case.name: [step() for _ in range(2)] for case in cases(2) for step in [step_of(case)]}
+
+
+def test_the_layouts_are_one_model(ranks: Ranks) -> None:
+    """Whose steps take the same way, whatever the layout: it is time alone that differs."""
+    for found in ranks(losses_of_two_processes, 2):
+        first = found[cases(2)[0].name]
+        assert first[1] < first[0]
+        for losses in found.values():
+            assert losses == pytest.approx(first, rel=1e-5)
 
 
 def test_every_layout_has_a_prediction() -> None:

@@ -9,10 +9,9 @@ import pytest
 from tpformer.planner.hardware import device, find_device, hardware_table, link
 from tpformer.planner.machine import Device, Link, Timing
 
-GPUS = (
-    "v100-sxm2-16 v100-sxm2-32 v100-dgx-2h a100-sxm-40 a100-sxm-80 a100-pcie h100-sxm h100-pcie h200 b200 gb200 mi300x"
-)
-DEVICES = [*GPUS.split(), "cpu"]
+GPUS = "v100-sxm2-16 v100-sxm2-32 v100-dgx-2h a100-sxm-40 a100-sxm-80 a100-pcie h100-sxm h100-pcie h200"
+MORE_GPUS = "b200 gb200 l40s mi300x"
+DEVICES = [*GPUS.split(), *MORE_GPUS.split(), "cpu"]
 NVLINKS, NETWORKS = "nvlink2 nvlink3 nvlink4 nvlink5", "ib-50 ib-100 ib-200 ib-400 ib-800 ethernet-100 ethernet-400"
 LINKS = [*NVLINKS.split(), *NETWORKS.split(), "pcie3", "pcie4", "pcie5", "infinity-fabric", "loopback"]
 MEASURED = Link(
@@ -101,6 +100,7 @@ def test_unknown_names_list_the_known() -> None:
         ("Tesla V100-SXM3-32GB-H", "v100-dgx-2h"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L40S", "l40s"),
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )

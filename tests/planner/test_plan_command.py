@@ -7,7 +7,9 @@ import pytest
 
 import tpformer
 from tpformer.__main__ import main
+from tpformer.planner import command
 from tpformer.planner.command import count
+from tpformer.planner.hardware import device
 from tpformer.planner.report import explain, sent_bytes, table
 
 ASKED = ["plan", "--model", "llama-70b", "--gpus", "512", "--device", "h100-sxm", "--tokens-per-step", "4M"]
@@ -58,6 +60,75 @@ def test_what_is_sent_is_the_traffics_sum() -> None:
     assert table([found]).count("tp") >= 1
 
 
+MINE = """
+import torch
+from torch import nn
+
+
+def build():
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), torch.zeros(32, 64)
+
+
+def build_nothing():
+    return None
+
+
+def build_wrongly():
+    raise RuntimeError("no data")
+"""
+
+
+def test_a_users_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gradients of 9,610 numbers in fp32, summed by 8 replicas in each of 300 steps."""
+    (tmp_path / "mine.py").write_text(MINE)
+    place = f"{tmp_path}/mine.py:build"
+    assert main(["plan", "--module", place, "--traffic", "--gpus", "8", "--batches", "100", "--epochs", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "9,610  37.54 KiB" in out and "A run of 3 x 100 steps" in out
+    assert re.search(r"^dp +8 +1 +100 +300 ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere.py:build", "must be FILE.py:FUNCTION, and the file must be there"),
+        ("mine.py", "must be FILE.py:FUNCTION"),
+        ("mine.py:build_it", "AttributeError"),
+        ("mine.py:build_nothing", "must return a module and its example inputs, not NoneType"),
+        ("mine.py:build_wrongly", "RuntimeError: no data"),
+    ],
+)
+def test_what_is_no_module(
+    place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    assert main(["plan", "--module", place, "--traffic"]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_the_traffic_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ASKED, "--traffic", "2", "--batches", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "Collectives of one step" in out and "A run of 1 x 1,000 steps" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_a_calibration_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole or not at all; `calibrate` itself is tested by itself."""
+    monkeypatch.setattr(command, "calibrate", lambda seconds: device("cpu"))
+    path = tmp_path / "machine.json"
+    assert main(["calibrate", str(path)]) == 0
+    assert "tpformer plan --device" in capsys.readouterr().out
+    assert device(str(path)) == device("cpu")
+    assert [file.name for file in tmp_path.iterdir()] == ["machine.json"]
+    assert main(["calibrate", str(tmp_path / "machine.toml")]) == 1
+    assert "must end in .json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "number"), [("4096", 4096), ("8K", 8192), ("4M", 2**22), ("1.5m", 3 * 2**19)])
 def test_counts(text: str, number: int) -> None:
     assert count(text) == number
@@ -70,7 +141,7 @@ def test_counts(text: str, number: int) -> None:
         (["--device", "h300"], "device ('h300') must be one of"),
         (["--network", "token-ring"], "link ('token-ring') must be one of"),
         (["--model", "llama-9b"], "model 'llama-9b' is not known"),
-        (["--explain", "100000"], "--explain (100000) must be 1 to"),
+        (["--explain", "100000"], "--explain or --traffic (100000) must be 1 to"),
         (["--model", "llama-405b", "--gpus", "4"], "nothing fits on 4 x h100-sxm"),
     ],
 )

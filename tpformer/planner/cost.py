@@ -199,7 +199,6 @@ def _communication(
     candidate: Candidate, traffic: Iterable[Traffic], machine: Machine, busiest: RankTime
 ) -> Iterator[Term]:
     p = candidate.parallel
-    beside_matmuls = p.sequence_parallel and p.overlap != "off" and not candidate.on_cpu
     hidden = {"tp": 0.0, "forward": 0.0, "backward": 0.0}
     for item in traffic:
         if item.op == "send":  # what arrives is waited for; what leaves goes beside it
@@ -208,10 +207,8 @@ def _communication(
         op = "send" if item.op == "recv" else item.op
         each = path(size, stride, machine.device, machine.network).seconds(op, item.bytes, size)
         kind: Kind = "tp" if item.axis == "tp" else "pp" if item.axis == "pp" else "dp"
-        if kind == "tp" and beside_matmuls:
-            hidden["tp"] += each * item.calls
-        elif kind == "dp" and item.hidden and not candidate.on_cpu:
-            hidden[item.phase] += each * item.calls
+        if item.hidden and kind != "pp" and not candidate.on_cpu:
+            hidden["tp" if kind == "tp" else item.phase] += each * item.calls
         else:
             yield Term(kind, f"{item.op} {item.axis}: {item.what}", (("calls", float(item.calls)), ("s", each)))
     m = candidate.micro_batches

@@ -158,6 +158,14 @@ _DEVICES = (
     _gpu("b200", (75, 2250, 2250), (180, 8.0), source="HGX and DGX B200 data sheets 2024, an eighth of each", **_B200),
     _gpu("gb200", (80, 2500, 2500), (186, 8.0), source="GB200 NVL72 page 2024, a 72nd", per_node=72, **_GB200),
     _gpu(
+        "l40s",
+        (91.6, 362, 362),
+        (48, 0.864),
+        source="L40S data sheet 2023, half of the sparse rates",
+        link="pcie4",
+        matmul=(0.65, "assumed: 350 W"),
+    ),
+    _gpu(
         "mi300x",
         (163.4, 1307.4, 1307.4),
         (192, 5.3),
@@ -189,6 +197,7 @@ _TORCH_NAMES = (  # what torch.cuda.get_device_name() contains, the more telling
     ("H200", "h200"),
     ("GB200", "gb200"),
     ("B200", "b200"),
+    ("L40S", "l40s"),
     ("MI300X", "mi300x"),
 )
 

@@ -7,6 +7,7 @@ from tpformer.planner.cost import Kind, StepTime, model_flops, pace
 from tpformer.planner.flags import torchrun_command
 from tpformer.planner.memory import Memory, explain_memory
 from tpformer.planner.search import Plan
+from tpformer.planner.traffic_table import formulas
 
 AXES: tuple[Kind, ...] = ("tp", "pp", "dp")
 
@@ -14,7 +15,7 @@ AXES: tuple[Kind, ...] = ("tp", "pp", "dp")
 def table(plans: Sequence[Plan]) -> str:
     """The layouts with their time, then their memory and what each sends; then the command that runs the first."""
     first = plans[0]
-    lines = [heading(first), "", *_time_lines(plans), "", *_memory_lines(plans), ""]
+    lines = [heading(first), "", time_table(plans), "", *_memory_lines(plans), ""]
     lines += ["the first is run by", "  " + torchrun_command(first.candidate, first.machine.device.per_node)]
     return "\n".join(lines)
 
@@ -33,7 +34,8 @@ def heading(found: Plan) -> str:
     )
 
 
-def _time_lines(plans: Sequence[Plan]) -> list[str]:
+def time_table(plans: Sequence[Plan]) -> str:
+    """A line a layout: what it is, its step's time, and what of that is waiting."""
     lines = [
         f"{'#':>2} {'tp':>4} {'pp':>3} {'schedule':26} {'dp':>5} {'mode':>9} {'micro':>5} {'again':>5} {'step':>8}"
         f" {'tokens/s':>8} {'MFU':>5} {'bubble':>6} {'waits: tp':>9} {'pp':>4} {'dp':>4}",
@@ -52,7 +54,7 @@ def _time_lines(plans: Sequence[Plan]) -> list[str]:
             f" {found.seconds:>8.3f} {found.tokens_per_second / c.world_size:>8.0f} {100 * found.mfu:>5.1f}"
             f" {100 * found.bubble:>6.1f} {waits[0]:>9.1f} {waits[1]:>4.1f} {waits[2]:>4.1f}"
         )
-    return lines
+    return "\n".join(lines)
 
 
 def _memory_lines(plans: Sequence[Plan]) -> list[str]:
@@ -95,7 +97,8 @@ def explain(found: Plan) -> str:
         "",
         explain_memory(found.memory),
         "",
-        *traffic_lines(found),
+        "collectives of the busiest rank in a step",
+        formulas(found.traffic),
     ]
     return "\n".join(lines)
 
@@ -107,12 +110,3 @@ def time_lines(time: StepTime) -> list[str]:
         formula = " x ".join(f"{name} {number:.4g}" for name, number in term.factors)
         lines.append(f"  {term.kind:>9}  {1e3 * term.seconds:>11.3f} ms  {term.what} = {formula}")
     return [*lines, f"  {'step':>9}  {1e3 * time.total:>11.3f} ms"]
-
-
-def traffic_lines(found: Plan) -> list[str]:
-    """A line a group of equal collectives of the busiest rank."""
-    lines = ["collectives of the busiest rank in a step"]
-    for t in found.traffic:
-        formula = " x ".join(f"{name} {number}" for name, number in t.factors)
-        lines.append(f"  {t.calls:>6} {t.op:14} {t.axis:12} {t.bytes:>14,} bytes  {t.what}: {formula}")
-    return lines

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tpformer.planner.hardware import find_device
+
 
 class MetricsFile:
     """Appends one JSON object a line; on resuming, lines after the checkpoint's step are dropped."""
@@ -37,16 +39,10 @@ def _step_of(line: str) -> float:
         return math.inf  # half a line, from a killed writer
 
 
-# dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets
-_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
-
-
 def peak_flops(device: torch.device) -> float | None:
     """Peak dense bf16 FLOP/s of the device, None where it is not known (CPUs)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAKS.items() if key in name), None)
+    found = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if found is None else found.flops.get("bf16")
 
 
 def plot_loss(path: Path, records: list[dict[str, Any]], levels: dict[str, float]) -> None:
