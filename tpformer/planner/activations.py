@@ -295,7 +295,7 @@ def ends(z: Sizes) -> dict[str, Terms]:
         "rotations": table,
         "softmax": softmax,
         "products": products,
-        "head": (head,),
+        "saved": (states, head),
         "norm": (states, head, local),
     }
 

@@ -26,6 +26,8 @@ class Saving(NamedTuple):
     offload: bool
     defers: bool
     """Weights' gradients wait until after the activations' own (zero bubble)."""
+    sharded: bool
+    """Replicas share out gradients at least: these stay until those of a whole block, or of the ends, are there."""
     writes: bool
     """A weight's gradient is written before it is added to its sum: bf16 and fp16 on a CPU."""
 
@@ -36,9 +38,9 @@ class Saving(NamedTuple):
         writes = candidate.on_cpu and candidate.width == 2 and candidate.shards == 1
         direct = not writes and candidate.shards == 1  # what autograd computes comes with the activations'
         defers = p.pp > 1 and p.pp_schedule in ("interleaved_zero_bubble", "zbv") and direct
-        return Saving(
-            p.recompute, p.recompute_modules, p.recompute_every, p.offload_activations, defers, writes
-        )
+        sharded = candidate.shards > 1
+        modules, every = p.recompute_modules, p.recompute_every
+        return Saving(p.recompute, modules, every, p.offload_activations, defers, sharded, writes)
 
 
 class Moment(NamedTuple):
@@ -74,7 +76,7 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
     count = len(part.layers)
     waiting = _below(z, saving, part, count, count + part.first)
     if part.last:
-        waiting = (*waiting, *_offloaded(saving, ends(z)["head"]))
+        waiting = (*waiting, *_offloaded(saving, ends(z)["saved"]))
     moments: list[Moment] = []
     if part.last:
         kept = _below(z, saving, part, count, count + part.first)
@@ -108,6 +110,8 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
         if saving.writes:
             weight = order[step.weights - 1].numbers()
             transient += (term("gradient of a weight", ("parameters", weight), ("bytes", z.width)),)
+        if part.last and (saving.sharded or (part.first and z.model.tie_embeddings)):  # until the embedding's own
+            transient += ends(z)["saved"][1:]
         done = sum(weight.numbers() for weight in order[: step.weights])
         name = f"backward of block {part.layers[position]}, {step.name}"
         moments.append(_moment(name, (*below, *step.saved), transient, position, done))
