@@ -1,17 +1,16 @@
 """The memory of a rank at the peak of a training step: every byte as a product of numbers that the layout gives."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from tpformer.parallel.split import stages_of
+from tpformer.parallel_config import V_SHAPED
 from tpformer.planner.activations import Sizes, Terms
-from tpformer.planner.alive import alive, put_off
+from tpformer.planner.alive import alive, at_the_end, put_off
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.moments import Moment, Saving, StageMoments, stage_moments
 from tpformer.planner.state import ModelState
 from tpformer.planner.terms import term, total
-from tpformer.parallel_config import V_SHAPED
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 SLOTS, SLOT_NUMBERS = 3, 2 << 20
@@ -43,14 +42,15 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-class _Option(NamedTuple):
-    """A moment that may be the fullest: of one of the rank's stages, with so many micro-batches under way on each."""
+class _UnderWay(NamedTuple):
+    """The micro-batches of a rank at some time of a step."""
 
-    moment: Moment
-    stage: int
     counts: tuple[int, ...]
-    later: bool
-    """Gradients of earlier micro-batches wait."""
+    """Of each of its stages, those that wait for their backward or are in it."""
+    put_off: int = 0
+    """Those of which the weights' gradients are still to come."""
+    later: bool = False
+    """Gradients of earlier ones have been added up."""
 
 
 def memory(candidate: Candidate, pp_rank: int = 0, tp_rank: int = 0) -> Memory:
@@ -69,42 +69,54 @@ def memory(candidate: Candidate, pp_rank: int = 0, tp_rank: int = 0) -> Memory:
     z, saving, parts = Sizes.of(candidate), Saving.of(candidate), candidate.parts
     stages = [stage_moments(z, saving, parts[stage]) for stage in stages_of(pp_rank, p)]
     state = ModelState.of(candidate, pp_rank)
-    options = _options(state, stages, alive(p, pp_rank, candidate.micro_batches), candidate.micro_batches)
-    _, best = max(options, key=lambda option: option[0])
-    return _memory(candidate, state, stages, best, z, pp_rank)
+    options = [
+        (_bytes(state, stages, moment, number, now), moment, number, now)
+        for now in _times(candidate, state, pp_rank)
+        for number, stage in enumerate(stages)
+        if now.counts[number]
+        for moment in stage.moments
+    ]
+    _, moment, number, now = max(options, key=lambda option: option[0])
+    standing = (*_standing(candidate, state, stages, z), *_sent(candidate, stages, z, now, pp_rank))
+    return _memory(state, stages, moment, number, now, standing)
 
 
-def _options(
-    state: ModelState, stages: list[StageMoments], counts: tuple[int, ...], micro_batches: int
-) -> Iterator[tuple[int, _Option]]:
-    """Each moment, with the bytes that are not there all the time."""
-    times = [(counts, False)]
-    if state.sharded and micro_batches > 1:  # once one backward is through
-        times.append((tuple(min(count, micro_batches - 1) for count in counts), True))
-    for now, later in times:
-        waiting = sum(stage.waiting_bytes * count for stage, count in zip(stages, now, strict=True))
-        for number, stage in enumerate(stages):
-            others = waiting - stage.waiting_bytes
-            for moment in stage.moments:
-                beside = 0
-                if state.sharded:
-                    beside = sum(map(total, state.beside(moment, stage.layers, later)))
-                yield others + moment.bytes + beside, _Option(moment, number, now, later)
+def _times(candidate: Candidate, state: ModelState, pp_rank: int) -> list[_UnderWay]:
+    """When most can be there: at the first backward, at a later one, and near the end."""
+    p, count = candidate.parallel, candidate.micro_batches
+    first = _UnderWay(alive(p, pp_rank, count), put_off(p, pp_rank))
+    if p.pp_schedule == "zbv":
+        return [first, _UnderWay(*at_the_end(p, pp_rank, count))]
+    if state.sharded and count > 1:
+        return [first, first._replace(counts=tuple(min(n, count - 1) for n in first.counts), later=True)]
+    return [first]
 
 
-def _memory(candidate: Candidate, state: ModelState, stages: list[StageMoments], best: _Option, z: Sizes, pp_rank: int) -> Memory:
+def _bytes(state: ModelState, stages: list[StageMoments], moment: Moment, number: int, now: _UnderWay) -> int:
+    """Of a moment of one of the rank's stages, all that is not there all the time."""
+    found = moment.bytes - stages[number].waiting_bytes + now.put_off * stages[-1].deferred_bytes
+    for stage, count in zip(stages, now.counts, strict=True):
+        found += stage.waiting_bytes * count
+    if state.sharded:
+        found += sum(map(total, state.beside(moment, stages[number].layers, now.later)))
+    return found
+
+
+def _memory(
+    state: ModelState, stages: list[StageMoments], moment: Moment, number: int, now: _UnderWay, standing: Terms
+) -> Memory:
     """The terms of a moment."""
     parameters, gradients, optimizer = state.lasting()
-    kept = list(best.moment.kept)
-    for number, (stage, count) in enumerate(zip(stages, best.counts, strict=True)):
-        others = count - (number == best.stage)
+    kept, buffers = list(moment.kept), [*moment.transient, *standing]
+    for stage, count in zip(stages, now.counts, strict=True):
+        others = count - (stage is stages[number])
         kept += [one.times(("micro-batches", others)) for one in stage.waiting if others]
-    buffers = [*best.moment.transient, *_standing(candidate, state, stages, z), *_under_way(candidate, stages, z, best.counts, pp_rank)]
+    kept += [one.times(("micro-batches", now.put_off)) for one in stages[-1].deferred if now.put_off]
     if state.sharded:
-        sums, beside = state.beside(best.moment, stages[best.stage].layers, best.later)
+        sums, beside = state.beside(moment, stages[number].layers, now.later)
         gradients, buffers = (*gradients, *sums), [*buffers, *beside]
     terms = dict(zip(PARTS, (parameters, gradients, optimizer, tuple(kept), tuple(buffers)), strict=True))
-    return Memory(best.moment.name, terms, *(total(terms[part]) for part in PARTS))
+    return Memory(moment.name, terms, *(total(terms[part]) for part in PARTS))
 
 
 def _standing(candidate: Candidate, state: ModelState, stages: list[StageMoments], z: Sizes) -> Terms:
@@ -123,19 +135,19 @@ def _standing(candidate: Candidate, state: ModelState, stages: list[StageMoments
     return tuple(found)
 
 
-def _under_way(candidate: Candidate, stages: list[StageMoments], z: Sizes, counts: tuple[int, ...], rank: int) -> Terms:
-    """What has been sent and is not let go of yet, and what weights' gradients that were put off need."""
-    p, one = candidate.parallel, z.local("being sent", width=z.stream)
-    found = []
-    if p.pp > 1 and p.pp_schedule == "1f1b":
-        found.append(one.times(("neighbours", stages[0].neighbours)))
-    elif p.pp > 1 and p.pp_schedule != "gpipe":  # torch waits for what was sent at the end of a step
-        here = p.pp_schedule in V_SHAPED and rank == p.pp - 1  # from one stage of a rank to its other
-        sent = sum((candidate.micro_batches - n) * (stage.neighbours - here) for stage, n in zip(stages, counts, strict=True))
-        found += [one.times(("sent", sent))] if sent else []
-    if stages[-1].deferred and (late := put_off(p, rank)):
-        found += [t.times(("micro-batches", late)) for t in stages[-1].deferred]
-    return tuple(found)
+def _sent(candidate: Candidate, stages: list[StageMoments], z: Sizes, now: _UnderWay, rank: int) -> Terms:
+    """What has been sent to other stages and is not let go of yet."""
+    p, one = candidate.parallel, z.local("sent", width=z.stream)
+    if p.pp == 1 or p.pp_schedule == "gpipe":
+        return ()
+    if p.pp_schedule == "1f1b":
+        return (one.times(("neighbours", stages[0].neighbours)),)
+    # torch waits for what was sent at the end of a step; from one stage of a rank to its other nothing is
+    here = p.pp_schedule in V_SHAPED and rank == p.pp - 1
+    counts = (now.counts[0],) * 2 if p.pp_schedule in V_SHAPED else now.counts
+    done = zip(stages, counts, strict=True)
+    sent = sum((candidate.micro_batches - count) * (stage.neighbours - here) for stage, count in done)
+    return (one.times(("tensors", sent)),) if sent else ()
 
 
 def explain_memory(memory: Memory) -> str:

@@ -4,9 +4,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.models.decoder import Part
-from tpformer.planner.activations import Sizes, Terms, block, ends
+from tpformer.planner.activations import Block, Sizes, Step, Terms, block, ends
 from tpformer.planner.candidate import Candidate
-from tpformer.planner.terms import Term, term
+from tpformer.planner.terms import Term, term, total
 from tpformer.planner.weights import block_weights
 
 LEAST_OFFLOADED = 1 << 20
@@ -65,6 +65,7 @@ class StageMoments(NamedTuple):
     moments: tuple[Moment, ...]
     deferred: Terms
     """What a micro-batch keeps of which the weights' gradients have been put off."""
+    deferred_bytes: int
     layers: int
     neighbours: int
     """Stages that it receives from: activations from the one before, gradients from the one behind."""
@@ -86,11 +87,12 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
         moments += _backward(z, saving, part, position)
     deferred = block(z, saving.recompute, saving.modules).waiting if saving.defers else ()
     deferred = tuple(t.times(("blocks", count)) for t in deferred)
-    return StageMoments(waiting, sum(t.bytes for t in waiting), tuple(moments), deferred, count, 2 - part.first - part.last)
+    neighbours = 2 - part.first - part.last
+    return StageMoments(waiting, total(waiting), tuple(moments), deferred, total(deferred), count, neighbours)
 
 
 def _moment(name: str, kept: Terms, transient: Terms, below: int, gradients: int = 0) -> Moment:
-    return Moment(name, kept, transient, below, gradients, sum(t.bytes for t in (*kept, *transient)))
+    return Moment(name, kept, transient, below, gradients, total((*kept, *transient)))
 
 
 def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Moment]:
@@ -102,7 +104,9 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
         below = (*below, z.local("the stage's output", width=z.stream))
     order = [weight for name in WEIGHTS for weight in block_weights(z.model, z.tp) if weight.name.startswith(name)]
     moments = []
-    for step in found.steps_again if _recomputed(saving, part.layers[position]) else found.steps:
+    again = _recomputed(saving, part.layers[position])
+    for step in found.steps_again if again else found.steps:
+        saved = step.saved if not saving.offload else _brought_back(z, found, step, position, again)
         transient = step.transient[last and not part.last :]  # what arrives from the next stage lies in its buffer
         if saving.defers:
             above = count - 1 - position
@@ -114,8 +118,17 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
             transient += ends(z)["saved"][1:]
         done = sum(weight.numbers() for weight in order[: step.weights])
         name = f"backward of block {part.layers[position]}, {step.name}"
-        moments.append(_moment(name, (*below, *step.saved), transient, position, done))
+        moments.append(_moment(name, (*below, *saved), transient, position, done))
     return moments
+
+
+def _brought_back(z: Sizes, found: Block, step: Step, position: int, again: bool) -> Terms:
+    """Of what is offloaded, what a step needs, and what comes ahead of it; what is recomputed has never left."""
+    stream = z.local("input of the block", width=z.stream)
+    if again:
+        return (*step.saved, *(stream,) * min(position + 1, 1 + AHEAD))
+    before = found.order if position else ()
+    return (*found.order, stream, *before)[step.first : step.first + step.own + AHEAD]
 
 
 def _positions(saving: Saving, part: Part) -> list[int]:
