@@ -53,7 +53,9 @@ class Moment(NamedTuple):
     """Blocks of the stage that backward has yet to begin."""
     gradients: int
     """Numbers of the current block's gradients that are there, if they wait for the whole of it."""
+    kept_bytes: int
     bytes: int
+    """Of both."""
 
 
 class StageMoments(NamedTuple):
@@ -88,11 +90,27 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
     deferred = block(z, saving.recompute, saving.modules).waiting if saving.defers else ()
     deferred = tuple(t.times(("blocks", count)) for t in deferred)
     neighbours = 2 - part.first - part.last
+    moments = _worth(moments) if saving.sharded else [max(moments, key=lambda moment: moment.bytes)]
     return StageMoments(waiting, total(waiting), tuple(moments), deferred, total(deferred), count, neighbours)
 
 
+def _worth(moments: list[Moment]) -> list[Moment]:
+    """Without those that another one of the same block exceeds in all that counts where state is shared out."""
+    found: dict[tuple[int, int], Moment] = {}
+    for one in moments:
+        key = one.below, one.gradients
+        if key not in found or found[key].bytes < one.bytes:
+            found[key] = one
+    return [one for one in found.values() if not any(_exceeds(other, one) for other in found.values())]
+
+
+def _exceeds(one: Moment, other: Moment) -> bool:
+    more = one.bytes >= other.bytes and one.gradients >= other.gradients
+    return one is not other and one.below == other.below and more
+
+
 def _moment(name: str, kept: Terms, transient: Terms, below: int, gradients: int = 0) -> Moment:
-    return Moment(name, kept, transient, below, gradients, total((*kept, *transient)))
+    return Moment(name, kept, transient, below, gradients, total(kept), total((*kept, *transient)))
 
 
 def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Moment]:
