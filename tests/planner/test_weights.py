@@ -44,7 +44,7 @@ def test_it_adds_up_to_the_whole_model() -> None:
 def test_rows_are_shared_out_as_torch_does() -> None:
     """The replica that has most of 5 rows in 4 parts has 2, and of one row the row."""
     assert [Weight("", 5, 3).numbers(shards) for shards in (1, 2, 4, 8)] == [15, 9, 6, 3]
-    assert Weight("", 1, 3, count=2).numbers(4) == 6
+    assert Weight("", 1, 3, times=2).numbers(4) == 6
 
 
 def test_a_copied_kv_head_too_few_is_seen() -> None:

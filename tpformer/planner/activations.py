@@ -104,6 +104,10 @@ class Step(NamedTuple):
     """What the weights' gradients need that are put off (zero bubble), beside those two."""
     weights: int
     """Of the block's weights (down, gate and up, out, qkv), how many have their gradient."""
+    first: int
+    """The first storage that it asks for, by its place in Block.order."""
+    own: int
+    """How many it asks for."""
 
 
 class Block(NamedTuple):
@@ -119,6 +123,8 @@ class Block(NamedTuple):
     """Of one that is recomputed."""
     waiting: Terms
     """What all its weights' gradients need, once backward is through."""
+    order: Terms
+    """What it saves, one storage after another, as backward asks for them; the norms' statistics are left out."""
 
 
 @lru_cache(maxsize=4096)
@@ -136,7 +142,7 @@ def block(z: Sizes, recompute: str, modules: tuple[str, ...]) -> Block:
         kept = (*norms, *inner, *(() if "mlp" in modules else mlp))
         both = (*attention, *(one for one in inner if one not in attention))
         again = _steps(z, norms, inner, both, mlp)
-    return Block(saved, kept, steps, again, _waiting(z))
+    return Block(saved, kept, steps, again, _waiting(z), _order(z, attention, mlp))
 
 
 def _norms(z: Sizes) -> Terms:
@@ -207,7 +213,7 @@ def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) 
     d, a = z.model.hidden_size, z.model.attention
     q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
     inner = 1 if z.gpt else 2  # what the first matmul of an MLP gives
-    normed = tuple(one for one in norms if one.name != "norm statistics")
+    normed = (z.local("first norm's output"),)
     incoming = z.local("gradient of the residual stream", width=z.stream)
     copies = 1 if z.b == 1 else 2  # of several samples a gathered sequence is put together once more
     dy = (z.whole("gathered gradient", "d", d, copies),) if z.gathers else ()
@@ -218,19 +224,36 @@ def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) 
     # of the activation's three or four, one lies where its output was
     times = 1 if z.gpt else 3 if z.on_cpu else 2
     waits = _waiting(z)
-    return (
-        Step("the MLP's second matmul", (*norms, *before, *mlp), (incoming, *dy, _ffn(z, 1)), (), 1),
-        Step("the MLP's activation", (*norms, *before, *mlp), (incoming, _ffn(z, times)), waits[:1], 1),
-        Step("the MLP's first matmul", (*norms, *before), (incoming, _ffn(z, inner), *entered), waits[:1], 2),
-        Step("attention", (*normed, *attention), (incoming, *_core(z, q, kv)), waits[:2], 3),
-        Step(
-            "the q|k|v projection",
-            normed,
-            (incoming, z.whole("gradient of q|k|v", QKV, q + 2 * kv, 3 if z.gpt else 1), *entered[-1 - z.gathers :]),
-            waits[:3],
-            4,
-        ),
-    )
+    packed = z.whole("gradient of q|k|v", QKV, q + 2 * kv)
+    n, m = len(_singles(mlp)), len(_singles(attention))
+    steps = [
+        Step("the MLP's second matmul", (*norms, *before, *mlp), (incoming, *dy, _ffn(z, 1)), (), 1, 0, 1),
+        Step("the MLP's activation", (*norms, *before, *mlp), (incoming, _ffn(z, times)), waits[:1], 1, n > 1, inner),
+        Step("the MLP's first matmul", (*norms, *before), (incoming, _ffn(z, inner), *entered), waits[:1], 2, n, 1),
+        Step("attention", (*normed, *attention), (incoming, *_core(z, q, kv)), waits[:2], 3, n + 2, m),
+    ]
+    if z.gpt:
+        views = packed.times(("views", 3))
+        steps.append(Step("q, k and v put together", normed, (incoming, views), waits[:3], 3, n + 2 + m, 0))
+    entering = (incoming, packed, *entered[-1 - z.gathers :])
+    steps.append(Step("the q|k|v projection", normed, entering, waits[:3], 4, n + 2 + m, 1))
+    return tuple(steps)
+
+
+def _order(z: Sizes, attention: Terms, mlp: Terms) -> Terms:
+    """A block's storages, last first."""
+    normed, residual = z.local("a norm's output"), z.local("residual stream after attention", width=z.stream)
+    return (*_singles(mlp), normed, residual, *_singles(attention), normed)
+
+
+def _singles(terms: Terms) -> Terms:
+    """Tensors one by one."""
+    found: list[Term] = []
+    for one in terms:
+        count = dict(one.factors).get("tensors", 1)
+        factors = tuple(factor for factor in one.factors if factor[0] != "tensors")
+        found += [Term(one.name, one.bytes // count, factors)] * count
+    return tuple(found)
 
 
 def _ffn(z: Sizes, count: int) -> Term:
@@ -258,10 +281,8 @@ def _waiting(z: Sizes) -> Terms:
     return (
         z.whole("inputs of the MLP's second matmul", "ffn/tp", z.ffn),
         z.whole("factors of the MLP's gradients", "(d + d + inner ffn/tp)", 2 * d + inner * z.ffn),
-        z.whole("factors of the attention output's gradient", "(d + heads/tp x head_dim)", d + q),
-        z.whole(
-            "factors of the q|k|v projection's gradient", "(d + (heads + 2 kv_heads)/tp x head_dim)", d + q + 2 * kv
-        ),
+        z.whole("inputs of the attention output", "heads/tp x head_dim", q),
+        z.whole("factors of the other gradients", "(2 d + (heads + 2 kv_heads)/tp x head_dim)", 2 * d + q + 2 * kv),
     )
 
 
@@ -297,7 +318,7 @@ def ends(z: Sizes) -> dict[str, Terms]:
         "rotations": table,
         "softmax": softmax,
         "products": products,
-        "head": (head,),
+        "saved": (states, head),
         "norm": (states, head, local),
     }
 

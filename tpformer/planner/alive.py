@@ -34,5 +34,12 @@ def _alive(schedule: str, pp: int, stages: int, rank: int, count: int) -> tuple[
 
 
 def put_off(config: ParallelConfig, pp_rank: int) -> int:
-    """Weights' gradients of so many micro-batches wait at that moment; a rank further down has begun to put off more."""
+    """Of so many micro-batches weights' gradients wait at that moment: the more, the further down the rank is."""
     return pp_rank if config.pp_schedule == "interleaved_zero_bubble" else 0
+
+
+def at_the_end(config: ParallelConfig, pp_rank: int, micro_batches: int) -> tuple[tuple[int, ...], int]:
+    """The same two when a step comes to its end: ZBV has put off most by then, and fewer are alive."""
+    if config.pp_schedule != "zbv":
+        return alive(config, pp_rank, micro_batches), put_off(config, pp_rank)
+    return (min(micro_batches, config.pp - pp_rank), 0), 2 * pp_rank

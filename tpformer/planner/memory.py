@@ -1,16 +1,17 @@
 """The memory of a rank at the peak of a training step: every byte as a product of numbers that the layout gives."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
-from tpformer.parallel.split import stages_of
-from tpformer.parallel_config import V_SHAPED
+from tpformer.models.decoder import Part
+from tpformer.parallel.split import part_of, stage_parts, stages_of
+from tpformer.parallel_config import V_SHAPED, ParallelConfig
 from tpformer.planner.activations import Sizes, Terms
-from tpformer.planner.alive import alive, put_off
-from tpformer.planner.candidate import Candidate
+from tpformer.planner.alive import alive, at_the_end, put_off
+from tpformer.planner.candidate import Candidate, ModelConfig
 from tpformer.planner.moments import Moment, Saving, StageMoments, stage_moments
-from tpformer.planner.state import ModelState
+from tpformer.planner.state import ModelState, Row
 from tpformer.planner.terms import term, total
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
@@ -18,14 +19,33 @@ SLOTS, SLOT_NUMBERS = 3, 2 << 20
 """Buffers through which offloaded optimizer state passes, and what one holds of each of its tensors."""
 
 
+class UnderWay(NamedTuple):
+    """The micro-batches of a rank at some time of a step."""
+
+    counts: tuple[int, ...]
+    """Of each of its stages, those that wait for their backward or are in it."""
+    put_off: int = 0
+    """Those of which the weights' gradients are still to come."""
+    later: bool = False
+    """Gradients of earlier ones have been added up."""
+
+
+class Fullest(NamedTuple):
+    """The moment at which most is there, on one of a rank's stages."""
+
+    moment: Moment
+    stage: int
+    now: UnderWay
+    state: ModelState
+    stages: list[StageMoments]
+    standing: Terms
+    """Buffers that do not come and go with it."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank at the fullest moment of a step, and what they are made of."""
 
-    moment: str
-    """When that is."""
-    terms: dict[str, Terms]
-    """Of each of PARTS."""
     parameters: int
     """What the model computes with between steps: fp32, or the narrow copy; of FSDP the rank's fp32 rows."""
     gradients: int
@@ -36,21 +56,46 @@ class Memory:
     """What backward keeps of the forwards of all micro-batches under way."""
     buffers: int
     """What comes and goes: gathered parameters, gradients on their way, logits, receive buffers, offload's slots."""
+    fullest: Fullest = field(repr=False, compare=False)
 
     @property
     def total(self) -> int:
         """All of it."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
+    @property
+    def moment(self) -> str:
+        """When it is."""
+        return self.fullest.moment.name
 
-class _Option(NamedTuple):
-    """A moment that may be the fullest: of one of the rank's stages, with so many micro-batches under way on each."""
+    @property
+    def terms(self) -> dict[str, Terms]:
+        """What each of PARTS is made of."""
+        moment, stage, now, state, stages, standing = self.fullest
+        lasting, kept, buffers = state.lasting(), list(moment.kept), [*moment.transient, *standing]
+        for number, (waiting, *_) in enumerate(stages):
+            others = now.counts[number] - (number == stage)
+            kept += [one.times(("micro-batches", others)) for one in waiting if others]
+        kept += [one.times(("micro-batches", now.put_off)) for one in stages[-1].deferred if now.put_off]
+        sums, beside = map(_terms, _beside(self.fullest))
+        parts = lasting[0], (*lasting[1], *sums), lasting[2], tuple(kept), (*buffers, *beside)
+        return dict(zip(PARTS, parts, strict=True))
 
-    moment: Moment
-    stage: int
-    counts: tuple[int, ...]
-    later: bool
-    """Gradients of earlier micro-batches wait."""
+
+def _beside(fullest: Fullest) -> tuple[list[Row], list[Row]]:
+    moment, stage, now, state, stages, _ = fullest
+    return state.beside(moment, stages[stage].layers, now.later) if state.sharded else ([], [])
+
+
+def _terms(rows: list[Row]) -> Terms:
+    return tuple(term(name, ("parameters", count), ("bytes", width)) for name, count, width in rows if count)
+
+
+@lru_cache(maxsize=16384)
+def _parts(model: ModelConfig, p: ParallelConfig, seq_len: int, pp_rank: int) -> tuple[tuple[Part, ...], Part]:
+    """Those of a rank's stages, and all that it has."""
+    parts = stage_parts(model, p, seq_len)
+    return tuple(parts[stage] for stage in stages_of(pp_rank, p)), part_of(pp_rank, parts, p)
 
 
 def memory(candidate: Candidate, pp_rank: int = 0, tp_rank: int = 0) -> Memory:
@@ -66,51 +111,59 @@ def memory(candidate: Candidate, pp_rank: int = 0, tp_rank: int = 0) -> Memory:
     for name, rank, size in (("pp_rank", pp_rank, p.pp), ("tp_rank", tp_rank, p.tp)):
         if not 0 <= rank < size:
             raise ValueError(f"{name} ({rank}) must be in 0..{size - 1}")
-    z, saving, parts = Sizes.of(candidate), Saving.of(candidate), candidate.parts
-    stages = [stage_moments(z, saving, parts[stage]) for stage in stages_of(pp_rank, p)]
-    state = ModelState.of(candidate, pp_rank)
-    options = _options(state, stages, alive(p, pp_rank, candidate.micro_batches), candidate.micro_batches)
-    _, best = max(options, key=lambda option: option[0])
-    return _memory(candidate, state, stages, best, z, pp_rank)
+    z, saving = Sizes.of(candidate), Saving.of(candidate)
+    mine, part = _parts(candidate.model, p, candidate.seq_len, pp_rank)
+    stages = [stage_moments(z, saving, one) for one in mine]
+    state = ModelState.of(candidate, part)
+    moment, number, now = _fullest(state, stages, _times(candidate, state, pp_rank))
+    standing = (*_standing(candidate, state, stages, z), *_sent(candidate, stages, z, now, pp_rank))
+    fullest = Fullest(moment, number, now, state, stages, standing)
+    sums, beside = map(_size, _beside(fullest))
+    parameters, gradients, optimizer = map(total, state.lasting())
+    waiting = _waiting(stages, now) - stages[number].waiting_bytes
+    buffers = moment.bytes - moment.kept_bytes + total(standing) + beside
+    return Memory(parameters, gradients + sums, optimizer, waiting + moment.kept_bytes, buffers, fullest)
 
 
-def _options(
-    state: ModelState, stages: list[StageMoments], counts: tuple[int, ...], micro_batches: int
-) -> Iterator[tuple[int, _Option]]:
-    """Each moment, with the bytes that are not there all the time."""
-    times = [(counts, False)]
-    if state.sharded and micro_batches > 1:  # once one backward is through
-        times.append((tuple(min(count, micro_batches - 1) for count in counts), True))
-    for now, later in times:
-        waiting = sum(stage.waiting_bytes * count for stage, count in zip(stages, now, strict=True))
+def _times(candidate: Candidate, state: ModelState, pp_rank: int) -> list[UnderWay]:
+    """When most can be there: at the first backward, at a later one, and near the end."""
+    p, count = candidate.parallel, candidate.micro_batches
+    first = UnderWay(alive(p, pp_rank, count), put_off(p, pp_rank))
+    times = [first]
+    if p.pp_schedule == "zbv" and p.pp > 1:
+        times.append(UnderWay(*at_the_end(p, pp_rank, count)))
+    if state.sharded and count > 1:
+        times = [time._replace(counts=tuple(min(n, count - 1) for n in time.counts), later=True) for time in times]
+        times.append(first)
+    return times
+
+
+def _fullest(state: ModelState, stages: list[StageMoments], times: list[UnderWay]) -> tuple[Moment, int, UnderWay]:
+    """The moment, the stage whose it is, and what is under way then."""
+    most, found = -1, None
+    for now in times:
+        waiting = _waiting(stages, now)
         for number, stage in enumerate(stages):
-            others = waiting - stage.waiting_bytes
+            if not now.counts[number]:
+                continue
             for moment in stage.moments:
-                beside = 0
+                size = waiting - stage.waiting_bytes + moment.bytes
                 if state.sharded:
-                    beside = sum(map(total, state.beside(moment, stage.layers, later)))
-                yield others + moment.bytes + beside, _Option(moment, number, now, later)
+                    size += sum(map(_size, state.beside(moment, stage.layers, now.later)))
+                if size > most:
+                    most, found = size, (moment, number, now)
+    assert found is not None  # every rank has a stage, and that a block
+    return found
 
 
-def _memory(
-    candidate: Candidate, state: ModelState, stages: list[StageMoments], best: _Option, z: Sizes, pp_rank: int
-) -> Memory:
-    """The terms of a moment."""
-    parameters, gradients, optimizer = state.lasting()
-    kept = list(best.moment.kept)
-    for number, (stage, count) in enumerate(zip(stages, best.counts, strict=True)):
-        others = count - (number == best.stage)
-        kept += [one.times(("micro-batches", others)) for one in stage.waiting if others]
-    buffers = [
-        *best.moment.transient,
-        *_standing(candidate, state, stages, z),
-        *_under_way(candidate, stages, z, best.counts, pp_rank),
-    ]
-    if state.sharded:
-        sums, beside = state.beside(best.moment, stages[best.stage].layers, best.later)
-        gradients, buffers = (*gradients, *sums), [*buffers, *beside]
-    terms = dict(zip(PARTS, (parameters, gradients, optimizer, tuple(kept), tuple(buffers)), strict=True))
-    return Memory(best.moment.name, terms, *(total(terms[part]) for part in PARTS))
+def _waiting(stages: list[StageMoments], now: UnderWay) -> int:
+    """Bytes of all micro-batches under way, were each to wait."""
+    found = now.put_off * stages[-1].deferred_bytes
+    return found + sum(stage.waiting_bytes * count for stage, count in zip(stages, now.counts, strict=True))
+
+
+def _size(rows: list[Row]) -> int:
+    return sum(count * width for _, count, width in rows)
 
 
 def _standing(candidate: Candidate, state: ModelState, stages: list[StageMoments], z: Sizes) -> Terms:
@@ -129,27 +182,25 @@ def _standing(candidate: Candidate, state: ModelState, stages: list[StageMoments
     return tuple(found)
 
 
-def _under_way(candidate: Candidate, stages: list[StageMoments], z: Sizes, counts: tuple[int, ...], rank: int) -> Terms:
-    """What has been sent and is not let go of yet, and what weights' gradients that were put off need."""
-    p, one = candidate.parallel, z.local("being sent", width=z.stream)
-    found = []
-    if p.pp > 1 and p.pp_schedule == "1f1b":
-        found.append(one.times(("neighbours", stages[0].neighbours)))
-    elif p.pp > 1 and p.pp_schedule != "gpipe":  # torch waits for what was sent at the end of a step
-        here = p.pp_schedule in V_SHAPED and rank == p.pp - 1  # from one stage of a rank to its other
-        sent = sum(
-            (candidate.micro_batches - n) * (stage.neighbours - here) for stage, n in zip(stages, counts, strict=True)
-        )
-        found += [one.times(("sent", sent))] if sent else []
-    if stages[-1].deferred and (late := put_off(p, rank)):
-        found += [t.times(("micro-batches", late)) for t in stages[-1].deferred]
-    return tuple(found)
+def _sent(candidate: Candidate, stages: list[StageMoments], z: Sizes, now: UnderWay, rank: int) -> Terms:
+    """What has been sent to other stages and is not let go of yet."""
+    p, one = candidate.parallel, z.local("sent", width=z.stream)
+    if p.pp == 1 or p.pp_schedule == "gpipe":
+        return ()
+    if p.pp_schedule == "1f1b":
+        return (one.times(("neighbours", stages[0].neighbours)),)
+    # torch waits for what was sent at the end of a step; from one stage of a rank to its other nothing is
+    here = p.pp_schedule in V_SHAPED and rank == p.pp - 1
+    counts = (now.counts[0],) * 2 if p.pp_schedule in V_SHAPED else now.counts
+    done = zip(stages, counts, strict=True)
+    sent = sum((candidate.micro_batches - count) * (stage.neighbours - here) for stage, count in done)
+    return (one.times(("tensors", sent)),) if sent else ()
 
 
 def explain_memory(memory: Memory) -> str:
     """Every term with its factors, as a table for the terminal."""
     lines = [f"{'MiB':>12}  at its fullest: {memory.moment}"]
-    for part in PARTS:
+    for part, terms in memory.terms.items():
         lines.append(f"{getattr(memory, part) / 2**20:12.2f}  {part}")
-        lines += [f"{one.bytes / 2**20:12.2f}    {one.name}: {one}" for one in memory.terms[part]]
+        lines += [f"{one.bytes / 2**20:12.2f}    {one.name}: {one}" for one in terms]
     return "\n".join([*lines, f"{memory.total / 2**20:12.2f}  total"])

@@ -4,9 +4,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.models.decoder import Part
-from tpformer.planner.activations import Sizes, Terms, block, ends
+from tpformer.planner.activations import Block, Sizes, Step, Terms, block, ends
 from tpformer.planner.candidate import Candidate
-from tpformer.planner.terms import Term, term
+from tpformer.planner.terms import Term, term, total
 from tpformer.planner.weights import block_weights
 
 LEAST_OFFLOADED = 1 << 20
@@ -26,6 +26,8 @@ class Saving(NamedTuple):
     offload: bool
     defers: bool
     """Weights' gradients wait until after the activations' own (zero bubble)."""
+    sharded: bool
+    """Replicas share out gradients at least: these stay until those of a whole block, or of the ends, are there."""
     writes: bool
     """A weight's gradient is written before it is added to its sum: bf16 and fp16 on a CPU."""
 
@@ -36,7 +38,9 @@ class Saving(NamedTuple):
         writes = candidate.on_cpu and candidate.width == 2 and candidate.shards == 1
         direct = not writes and candidate.shards == 1  # what autograd computes comes with the activations'
         defers = p.pp > 1 and p.pp_schedule in ("interleaved_zero_bubble", "zbv") and direct
-        return Saving(p.recompute, p.recompute_modules, p.recompute_every, p.offload_activations, defers, writes)
+        sharded = candidate.shards > 1
+        modules, every = p.recompute_modules, p.recompute_every
+        return Saving(p.recompute, modules, every, p.offload_activations, defers, sharded, writes)
 
 
 class Moment(NamedTuple):
@@ -49,7 +53,9 @@ class Moment(NamedTuple):
     """Blocks of the stage that backward has yet to begin."""
     gradients: int
     """Numbers of the current block's gradients that are there, if they wait for the whole of it."""
+    kept_bytes: int
     bytes: int
+    """Of both."""
 
 
 class StageMoments(NamedTuple):
@@ -61,6 +67,7 @@ class StageMoments(NamedTuple):
     moments: tuple[Moment, ...]
     deferred: Terms
     """What a micro-batch keeps of which the weights' gradients have been put off."""
+    deferred_bytes: int
     layers: int
     neighbours: int
     """Stages that it receives from: activations from the one before, gradients from the one behind."""
@@ -72,7 +79,7 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
     count = len(part.layers)
     waiting = _below(z, saving, part, count, count + part.first)
     if part.last:
-        waiting = (*waiting, *_offloaded(saving, ends(z)["head"]))
+        waiting = (*waiting, *_offloaded(saving, ends(z)["saved"]))
     moments: list[Moment] = []
     if part.last:
         kept = _below(z, saving, part, count, count + part.first)
@@ -82,13 +89,28 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
         moments += _backward(z, saving, part, position)
     deferred = block(z, saving.recompute, saving.modules).waiting if saving.defers else ()
     deferred = tuple(t.times(("blocks", count)) for t in deferred)
-    return StageMoments(
-        waiting, sum(t.bytes for t in waiting), tuple(moments), deferred, count, 2 - part.first - part.last
-    )
+    neighbours = 2 - part.first - part.last
+    moments = _worth(moments) if saving.sharded else [max(moments, key=lambda moment: moment.bytes)]
+    return StageMoments(waiting, total(waiting), tuple(moments), deferred, total(deferred), count, neighbours)
+
+
+def _worth(moments: list[Moment]) -> list[Moment]:
+    """Without those that another one of the same block exceeds in all that counts where state is shared out."""
+    found: dict[tuple[int, int], Moment] = {}
+    for one in moments:
+        key = one.below, one.gradients
+        if key not in found or found[key].bytes < one.bytes:
+            found[key] = one
+    return [one for one in found.values() if not any(_exceeds(other, one) for other in found.values())]
+
+
+def _exceeds(one: Moment, other: Moment) -> bool:
+    more = one.bytes >= other.bytes and one.gradients >= other.gradients
+    return one is not other and one.below == other.below and more
 
 
 def _moment(name: str, kept: Terms, transient: Terms, below: int, gradients: int = 0) -> Moment:
-    return Moment(name, kept, transient, below, gradients, sum(t.bytes for t in (*kept, *transient)))
+    return Moment(name, kept, transient, below, gradients, total(kept), total((*kept, *transient)))
 
 
 def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Moment]:
@@ -100,7 +122,9 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
         below = (*below, z.local("the stage's output", width=z.stream))
     order = [weight for name in WEIGHTS for weight in block_weights(z.model, z.tp) if weight.name.startswith(name)]
     moments = []
-    for step in found.steps_again if _recomputed(saving, part.layers[position]) else found.steps:
+    again = _recomputed(saving, part.layers[position])
+    for step in found.steps_again if again else found.steps:
+        saved = step.saved if not saving.offload else _brought_back(z, found, step, position, again)
         transient = step.transient[last and not part.last :]  # what arrives from the next stage lies in its buffer
         if saving.defers:
             above = count - 1 - position
@@ -108,10 +132,21 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
         if saving.writes:
             weight = order[step.weights - 1].numbers()
             transient += (term("gradient of a weight", ("parameters", weight), ("bytes", z.width)),)
+        if part.last and (saving.sharded or (part.first and z.model.tie_embeddings)):  # until the embedding's own
+            transient += ends(z)["saved"][1:]
         done = sum(weight.numbers() for weight in order[: step.weights])
         name = f"backward of block {part.layers[position]}, {step.name}"
-        moments.append(_moment(name, (*below, *step.saved), transient, position, done))
+        moments.append(_moment(name, (*below, *saved), transient, position, done))
     return moments
+
+
+def _brought_back(z: Sizes, found: Block, step: Step, position: int, again: bool) -> Terms:
+    """Of what is offloaded, what a step needs, and what comes ahead of it; what is recomputed has never left."""
+    stream = z.local("input of the block", width=z.stream)
+    if again:
+        return (*step.saved, *(stream,) * min(position + 1, 1 + AHEAD))
+    before = found.order if position else ()
+    return (*found.order, stream, *before)[step.first : step.first + step.own + AHEAD]
 
 
 def _positions(saving: Saving, part: Part) -> list[int]:

@@ -15,11 +15,11 @@ class Weight(NamedTuple):
     name: str
     rows: int
     columns: int = 1
-    count: int = 1
+    times: int = 1
 
     def numbers(self, shards: int = 1) -> int:
         """Numbers on the replica that has most, where `shards` of them share out the rows (as torch.chunk does)."""
-        return -(-self.rows // shards) * self.columns * self.count
+        return -(-self.rows // shards) * self.columns * self.times
 
 
 @lru_cache(maxsize=4096)
@@ -31,7 +31,7 @@ def block_weights(model: ModelConfig, tp: int) -> tuple[Weight, ...]:
     gpt = isinstance(model, GPTConfig)
     ffn = (model.ffn_size if isinstance(model, GPTConfig) else 2 * model.ffn_hidden_size) // tp
     found = [
-        Weight("attention_norm, mlp_norm", d, count=4 if gpt else 2),
+        Weight("attention_norm, mlp_norm", d, times=4 if gpt else 2),
         Weight("attention.qkv.weight", qkv, d),
         Weight("attention.out.weight", d, heads * a.head_dim),
         Weight("mlp.up.weight" if gpt else "mlp.gate_up.weight", ffn, d),
@@ -42,7 +42,7 @@ def block_weights(model: ModelConfig, tp: int) -> tuple[Weight, ...]:
     if a.out_bias:
         found.append(Weight("attention.out.bias", d))
     if a.qk_norm:
-        found.append(Weight("attention.q_norm, k_norm", a.head_dim, count=2))
+        found.append(Weight("attention.q_norm, k_norm", a.head_dim, times=2))
     if gpt:
         found += [Weight("mlp.up.bias", ffn), Weight("mlp.down.bias", d)]
     return tuple(found)
@@ -59,7 +59,7 @@ def end_weights(model: ModelConfig, tp: int, first: bool, last: bool) -> tuple[W
     if first and gpt:
         found.append(Weight("position.weight", model.max_seq_len, d))
     if last:
-        found.append(Weight("norm", d, count=2 if gpt else 1))
+        found.append(Weight("norm", d, times=2 if gpt else 1))
     if last and not tied:
         found.append(Weight("head.weight", vocabulary, d))
     return tuple(found)
@@ -67,7 +67,7 @@ def end_weights(model: ModelConfig, tp: int, first: bool, last: bool) -> tuple[W
 
 def part_weights(model: ModelConfig, tp: int, part: Part) -> tuple[Weight, ...]:
     """All parameters of a part of a model."""
-    blocks = (w._replace(name=f"blocks.{w.name}", count=w.count * len(part.layers)) for w in block_weights(model, tp))
+    blocks = (w._replace(name=f"blocks.{w.name}", times=w.times * len(part.layers)) for w in block_weights(model, tp))
     return (*blocks, *end_weights(model, tp, part.first, part.last))
 
 
