@@ -72,7 +72,6 @@ MORE = {
         llama(), **SP, recompute="selective", recompute_modules=("attention", "attention.qkv")
     ),
     "recomputed, chunked": case(llama(), **SP, recompute="full", overlap="chunked"),
-    "recomputed, compiled": case(llama(), tp=2, recompute="full", compile=True),
     "recomputed, compiled, scattered": case(gpt(), **SP, recompute="full", compile=True),
     "fp16": case(gpt(), **SP, pp=2, precision="fp16", fp32_residual=True),
 }
@@ -167,6 +166,15 @@ def test_an_example_by_hand() -> None:
     assert replace(blocks, op="all_gather").sent(8) == 2**31 * 7 // 8
     assert replace(blocks, op="send").sent(8) == blocks.total
     assert replace(blocks, op="recv").sent(8) == 0
+
+
+def test_what_overlaps_is_hidden() -> None:
+    """On GPUs the doors of sequence parallelism, unless it is off; on CPUs if chunks are asked for."""
+    for overlap, on_cpu, expected in (("auto", False, True), ("off", False, False), ("auto", True, False)):
+        layout = ParallelConfig(tp=2, dp=1, sequence_parallel=True, overlap=overlap)  # type: ignore[arg-type]
+        found = traffic(Candidate(llama(), layout, 8, 8, 2, on_cpu=on_cpu))
+        doors = [each.hidden for each in found if each.what.endswith("a block's two regions")]
+        assert doors == [expected] * 2
 
 
 def test_what_no_rank_is_raises() -> None:

@@ -86,7 +86,7 @@ def _sharded(candidate: Candidate, share: Share, pp_rank: int) -> list[Traffic]:
     shards = candidate.shards
     times = _gathers(candidate, pp_rank)
     again = sum(number * blocks for number, (blocks, _, _) in zip(times, share.stages, strict=True))
-    found = _unit(candidate, "a block's", padded(block_shapes(candidate), shards), share.blocks, again)
+    found = _unit(candidate, "a block's", padded(block_shapes(candidate), shards), share.blocks, again, block=True)
     for number, (_, first, last) in zip(times, share.stages, strict=True):
         before, after = end_shapes(candidate, first, last)
         both = padded(before, shards) + padded(after, shards)
@@ -95,9 +95,14 @@ def _sharded(candidate: Candidate, share: Share, pp_rank: int) -> list[Traffic]:
     return found
 
 
-def _unit(candidate: Candidate, whose: str, numbers: int, groups: int, gathered: int) -> list[Traffic]:
-    """What FSDP2's groups of so many padded numbers send, which it gathers for a step so often, all together."""
-    p, shards, block = candidate.parallel, candidate.shards, whose == "a block's"
+def _unit(
+    candidate: Candidate, whose: str, numbers: int, groups: int, gathered: int, *, block: bool = False
+) -> list[Traffic]:
+    """What `groups` of FSDP2's send, each of so many numbers with padding, which all together are gathered so often.
+
+    A block's are dropped after forward, and gathered and reduced beside other blocks' work; the ends' are not.
+    """
+    p, shards = candidate.parallel, candidate.shards
     split = 1 < shards < candidate.dp
     axis, dtype = "dp_shard" if split else "dp", DTYPES[p.precision]
     calls: Factors = (("groups", gathered),)

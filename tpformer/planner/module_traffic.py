@@ -31,10 +31,9 @@ def module_traffic(
 ) -> StepTraffic:
     """Of a step in which each replica runs forward and backward of so many micro-batches like `inputs`.
 
-    module: on one process, `Mesh()`; for sequence parallelism on `Mesh(sequence_parallel=True)`. Nothing of it is run
-    or changed. inputs: example arguments of its forward, by position or by name. layout: its tp, dp and
-    sequence_parallel are read. depth: down to which its children are the layers, neighbours alike together.
-    A layer's output is the whole one of a micro-batch.
+    module: on one process, `Mesh()`; for sequence parallelism on `Mesh(sequence_parallel=True)`; it stays as it is.
+    inputs: example arguments of its forward, by position or by name. layout: its tp, dp and sequence_parallel are read.
+    depth: down to which its children are the layers, neighbours alike together; their outputs are the whole ones.
     gradient_dtype: what replicas sum; None: that of the parameters. Of tensor parallelism it counts tpformer's layers,
     but no function called by itself, as a loss.
     Raises ValueError for a module that cannot run on the meta device, one already split, and other layouts.
@@ -42,26 +41,20 @@ def module_traffic(
     _check(layout, micro_batches, depth)
     check_meshes(module, layout)
     outputs, sends = _run(module, inputs, layout, micro_batches)
-    rows = {name: _Row() for name, _ in module.named_modules() if (name.count(".") + 1 if name else 0) <= depth}
-    for name, parameter in module.named_parameters():  # shared ones once
-        row, size = rows[_nearest(name.rpartition(".")[0], rows)], local_numel(module, name, layout.tp)
-        row.parameters += size
-        row.gradient_bytes += parameter.requires_grad * size * (gradient_dtype or parameter.dtype).itemsize
-    for name, calls in sends.items():
-        rows[_nearest(name, rows)].sends += calls
-    found = [
-        LayerTraffic(
-            name or "(its own)", 1, row.parameters, row.gradient_bytes, outputs.get(name, 0), _grouped(row.sends)
-        )
-        for name, row in rows.items()
-    ]
     step = list(_grouped([each for calls in sends.values() for each in calls]))
     if numbers := partial_numbers(module, layout):
         factors, what = (("numbers", numbers), ("bytes", 4)), "partial gradients of copies"
         step.append(Traffic("all_reduce", "tp", "float32", "forward", what, False, factors, (("steps", 1),)))
     if (layout.dp or 1) > 1:
         step += _buckets(module, layout.tp, gradient_dtype)
-    present = [each for each in found if each.parameters or each.output_bytes or each.sends]
+    rows = _rows(module, depth, layout.tp, gradient_dtype)
+    for name, calls in sends.items():
+        rows[_nearest(name, rows)].sends += calls
+    layers = [
+        LayerTraffic(name or "(its own)", 1, row.parameters, row.gradients, outputs.get(name, 0), _grouped(row.sends))
+        for name, row in rows.items()
+    ]
+    present = [each for each in layers if each.parameters or each.output_bytes or each.sends]
     return StepTraffic(tuple(_together(present)), tuple(step), {"tp": layout.tp, "dp": layout.dp or 1})
 
 
@@ -79,8 +72,18 @@ def _check(layout: ParallelConfig, micro_batches: int, depth: int) -> None:
 @dataclass
 class _Row:
     parameters: int = 0
-    gradient_bytes: int = 0
+    gradients: int = 0
     sends: list[Traffic] = field(default_factory=list)
+
+
+def _rows(module: nn.Module, depth: int, tp: int, dtype: torch.dtype | None) -> dict[str, _Row]:
+    """Parameters, and bytes of their gradients, of the modules down to this depth; shared ones at the first."""
+    rows = {name: _Row() for name, _ in module.named_modules() if (name.count(".") + 1 if name else 0) <= depth}
+    for name, parameter in module.named_parameters():
+        row, size = rows[_nearest(name.rpartition(".")[0], rows)], local_numel(module, name, tp)
+        row.parameters += size
+        row.gradients += parameter.requires_grad * size * (dtype or parameter.dtype).itemsize
+    return rows
 
 
 def _nearest(path: str, rows: Mapping[str, _Row]) -> str:
