@@ -9,6 +9,7 @@ from typing import Any, get_args
 from tpformer.checkpoint.huggingface import read_config
 from tpformer.mesh import divide
 from tpformer.parallel_config import ParallelConfig, Precision
+from tpformer.planner.accounting import accounting
 from tpformer.planner.calibrate import calibrate
 from tpformer.planner.candidate import ModelConfig
 from tpformer.planner.cost import Machine
@@ -43,7 +44,7 @@ def add_command(commands: Any) -> None:
     shown.add_argument("--memory-only", action="store_true", help="bytes of model state by precision and optimizer")
     shown.add_argument("--list-hardware", action="store_true", help="every device and network with its sources")
     parser.add_argument("--module", metavar="FILE.py:FUNCTION", help=MODULE_HELP)
-    parser.add_argument("--tp", type=int, default=1, help="with --module: how many devices share each layer")
+    parser.add_argument("--tp", type=int, default=1, help="with --module or --memory-only: ranks that share layers")
     parser.add_argument("--depth", type=int, default=1, help="with --module: down to which its children are layers")
     parser.add_argument("--batches", type=int, default=1, help="with --traffic: optimizer steps of an epoch")
     parser.add_argument("--epochs", type=int, default=1, help="with --traffic: of the whole run")
@@ -71,6 +72,8 @@ def run_plan(options: argparse.Namespace) -> int:
     try:
         if options.list_hardware:
             print(hardware_table())
+        elif options.memory_only:
+            show_memory(options)
         elif options.module:
             show_module(options)
         else:
@@ -134,6 +137,13 @@ def show(options: argparse.Namespace, plans: list[Plan]) -> None:
     if options.plot:
         plot(options.plot, best)
         print(f"{options.plot} has bars of memory and of time")
+
+
+def show_memory(options: argparse.Namespace) -> None:
+    """Model state of one rank, by precision and optimizer. Raises ValueError as `accounting` does."""
+    shards = divide(options.gpus, options.tp, "gpus")
+    model = load_module(options.module)[0] if options.module else model_of(options.model)
+    print(accounting(model, ParallelConfig(tp=options.tp, dp=shards), shards=shards))
 
 
 def show_module(options: argparse.Namespace) -> None:
