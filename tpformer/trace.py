@@ -70,6 +70,8 @@ class Call:
 class Trace(TorchDispatchMode):
     """The collectives issued while it is active; `calls` in order, `table()` grouped."""
 
+    supports_higher_order_operators = True  # compiled recomputation keeps the state of random numbers by them
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
@@ -82,6 +84,8 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # DTensor goes first, and issues the collectives that it needs
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return func(*args, **(kwargs or {}))
         operator = func._schema.name.split("::")[1]
         if func.namespace in ("c10d", "_c10d_functional", "symm_mem") and operator not in _NOT_COLLECTIVE:
             self._record(f"{func.namespace}::{operator}", args)

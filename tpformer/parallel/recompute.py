@@ -1,6 +1,7 @@
 """Recomputation: backward runs a module's forward again instead of keeping what it saved (arXiv 1604.06174)."""
 
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,14 @@ def _targets(block: nn.Module, config: ParallelConfig) -> list[nn.Module]:
 
 
 def _recompute(module: nn.Module) -> None:
-    # the bound method in a partial, not in a closure: a deep copy of the model gets one bound to the copy
-    again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-    module.forward = again  # what __call__ runs between a module's hooks
+    # what __call__ runs between a module's hooks; bound methods and no closures, so that a deep copy of the model gets
+    # those of the copy
+    if "forward" in vars(module):  # compiled, or somebody's own
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    else:  # one function for all blocks: torch.compile would take a partial of each for another program
+        module.forward = MethodType(_again, module)
+
+
+def _again(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = type(module).forward
+    return checkpoint(forward, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
