@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.dtensor import whole_gradients
-from benchmarks.peers.huggingface import from_plain, llama_config, to_plain
-from benchmarks.peers.plain import PlainLlamaConfig, from_tpformer
+from benchmarks.peers.huggingface import HuggingFaceLlama, to_plain
+from benchmarks.peers.plain import PlainLlamaConfig
 from benchmarks.peers.step import Step, check_world, dtype_of, gemm_backend, installed
 
 __all__ = ["AXIS", "NAME", "build", "gemm_backend", "version"]
@@ -24,25 +24,21 @@ def version() -> str:
 
 
 def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: dict[str, Tensor]) -> Step:
-    """The step of LlamaForCausalLM with its own loss, loaded as its users load it, cut over `degree` ranks."""
+    """The step of LlamaForCausalLM with its own loss, cut over `degree` ranks as from_pretrained cuts it."""
     version()
     check_world(NAME, degree)
-    from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
-    model = LlamaForCausalLM.from_pretrained(
-        None,
-        config=llama_config(shape),
-        state_dict=from_plain(from_tpformer(shape, weights)),
-        dtype=dtype_of(weights),
-        distributed_config=DistributedConfig(tp_size=degree) if degree > 1 else None,
-    )
-    model.to(device).train()
+    model = HuggingFaceLlama(shape, dtype_of(weights))
+    model.load_from_tpformer(weights)
+    model.to(device)
+    # from_pretrained itself would want the package accelerate, and the weights in a file.
+    config, _, mesh = model.causal.prepare_distribute_model(DistributedConfig(tp_size=degree))
+    model.causal.maybe_distribute_model(model.causal, config, mesh)
 
     def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
-        # Labels must be given for a loss to be made; with shift_labels theirs does not shift them again.
-        loss: Tensor = model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+        loss = model.loss(tokens, targets)
         loss.backward()
         return loss.detach()
 
-    return Step(model, forward_backward, lambda: to_plain(whole_gradients(model)))
+    return Step(model, forward_backward, lambda: to_plain(whole_gradients(model.causal)))
