@@ -59,9 +59,3 @@ def dtype_of(weights: dict[str, Tensor]) -> torch.dtype:
         raise ValueError(f"the weights must have one dtype, not {sorted(map(str, dtypes))}")
     return dtypes.pop()
 
-
-def gathered(local: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
-    """Every rank's part of one tensor, put together along `dim`; collective, for tests and not for a step."""
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts, dim)

@@ -1,0 +1,151 @@
+"""Megatron-core's GPTModel as a Llama, from its local layer spec (its own layers, without Transformer Engine)."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.peers.plain import PlainLlamaConfig, from_tpformer
+from benchmarks.peers.shards import gathered, part
+from benchmarks.peers.step import Step, check_world, dtype_of, gemm_backend, installed
+
+__all__ = ["AXIS", "NAME", "build", "gemm_backend", "version"]
+
+NAME = "megatron-core GPTModel"
+AXIS: Literal["tp", "dp"] = "tp"
+MODULES = {  # tpformer's names and theirs
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "pre_mlp_layernorm",
+    "attention.qkv": "self_attention.linear_qkv",
+    "attention.out": "self_attention.linear_proj",
+    "mlp.gate_up": "mlp.linear_fc1",
+    "mlp.down": "mlp.linear_fc2",
+    "embedding": "embedding.word_embeddings",
+    "norm": "decoder.final_layernorm",
+    "head": "output_layer",
+}
+
+
+def version() -> str:
+    """megatron-core's."""
+    return installed("megatron-core")
+
+
+def stand_in_for_cuda() -> None:
+    """Without CUDA megatron-core would ask for its device, and fork its generator at a dropout of zero.
+
+    Both are answered for the whole process, which must run nothing else that needs the true answers.
+    """
+    from megatron.core import tensor_parallel
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
+
+
+def transformer_config(shape: PlainLlamaConfig, degree: int, dtype: torch.dtype) -> Any:
+    """Megatron's configuration of the plain model, without the fusions that need apex or a GPU."""
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=degree,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def gpt_model(shape: PlainLlamaConfig, degree: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """This rank's part of the model, not yet initialised."""
+    with warnings.catch_warnings(action="ignore"):  # of each optional package that is not there
+        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    if device.type == "cpu":
+        stand_in_for_cuda()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=degree)
+    if device.type == "cuda":
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+    model: nn.Module = GPTModel(
+        config=transformer_config(shape, degree, dtype),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_seq_len,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+    )
+    return model.to(device)
+
+
+def their_name(name: str) -> str:
+    """Of a weight of tpformer."""
+    layer, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
+    return f"{f'decoder.layers.{layer}.' if layer else ''}{MODULES[module]}.weight"
+
+
+def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy this rank's part of tpformer's whole tensors; raises AttributeError if names differ."""
+    for name, whole in weights.items():
+        mine = part(name, whole, dist.get_rank(), dist.get_world_size())
+        if name.endswith("gate_up.weight"):  # theirs are a rank's gates above its ups, tpformer's alternate
+            mine = torch.cat((mine[0::2], mine[1::2]))
+        model.get_parameter(their_name(name)).data.copy_(mine)
+
+
+def whole_gradients(model: nn.Module, shape: PlainLlamaConfig, names: list[str]) -> dict[str, Tensor]:
+    """Every gradient under the plain model's names; `names` are tpformer's. Collective."""
+    full = {}
+    for name in names:
+        gradient = model.get_parameter(their_name(name)).grad
+        assert gradient is not None, f"{NAME} leaves no gradient in {their_name(name)}"
+        if name.endswith("gate_up.weight"):
+            gradient = torch.stack(gradient.chunk(2), dim=1).flatten(0, 1)
+        full[name] = gathered(name, gradient)
+    return from_tpformer(shape, full)
+
+
+def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: dict[str, Tensor]) -> Step:
+    """The step of the whole GPTModel with its vocabulary-parallel loss, cut over `degree` ranks."""
+    version()
+    check_world(NAME, degree)
+    model = gpt_model(shape, degree, device, dtype_of(weights))
+    load(model, weights)
+    names = list(weights)
+
+    def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+        hidden = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        loss: Tensor = model(tokens, positions, hidden, labels=targets).mean()
+        loss.backward()
+        return loss.detach()
+
+    return Step(model, forward_backward, lambda: whole_gradients(model, shape, names))
