@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.plain import PlainLlamaConfig, from_tpformer
+from benchmarks.peers.shards import renamed
 
 MODULES = {  # the plain model's names, which tpformer shares, and theirs
     "attention_norm": "input_layernorm",
@@ -30,21 +30,7 @@ MODULES = {  # the plain model's names, which tpformer shares, and theirs
 
 def from_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The plain model's weights under the names of LlamaForCausalLM."""
-    renamed = {}
-    for name, tensor in state.items():
-        layer, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
-        renamed[f"{f'model.layers.{layer}.' if layer else ''}{MODULES[module]}.weight"] = tensor
-    return renamed
-
-
-def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of LlamaForCausalLM under the plain model's names."""
-    modules = {theirs: ours for ours, theirs in MODULES.items()}
-    renamed = {}
-    for name, tensor in state.items():
-        layer, module = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
-        renamed[f"{f'blocks.{layer}.' if layer else ''}{modules[module]}.weight"] = tensor
-    return renamed
+    return {renamed(name, MODULES, "model.layers"): tensor for name, tensor in state.items()}
 
 
 def llama_config(config: PlainLlamaConfig) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.dtensor import whole_gradients
-from benchmarks.peers.huggingface import HuggingFaceLlama, to_plain
-from benchmarks.peers.plain import PlainLlamaConfig
+from benchmarks.peers.huggingface import MODULES, HuggingFaceLlama
+from benchmarks.peers.plain import PlainLlamaConfig, from_tpformer
+from benchmarks.peers.shards import renamed
 from benchmarks.peers.step import Step, check_world, dtype_of, gemm_backend, installed
 
 __all__ = ["AXIS", "NAME", "build", "gemm_backend", "version"]
@@ -36,9 +37,15 @@ def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: d
     config, _, mesh = model.causal.prepare_distribute_model(DistributedConfig(tp_size=degree))
     model.causal.maybe_distribute_model(model.causal, config, mesh)
 
+    names = {name: renamed(name, MODULES, "model.layers") for name in from_tpformer(shape, weights)}
+
     def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
         loss = model.loss(tokens, targets)
         loss.backward()
         return loss.detach()
 
-    return Step(model, forward_backward, lambda: to_plain(whole_gradients(model.causal)))
+    def gradients() -> dict[str, Tensor]:
+        theirs = whole_gradients(model.causal)
+        return {name: theirs[their_name] for name, their_name in names.items()}
+
+    return Step(model, forward_backward, gradients)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers.plain import PlainLlamaConfig, from_tpformer
-from benchmarks.peers.shards import gathered, part
+from benchmarks.peers.shards import load, renamed, whole_gradients
 from benchmarks.peers.step import Step, check_world, dtype_of, gemm_backend, installed
 
 __all__ = ["AXIS", "NAME", "build", "gemm_backend", "version"]
@@ -105,31 +104,14 @@ def gpt_model(shape: PlainLlamaConfig, degree: int, device: torch.device, dtype:
     return model.to(device)
 
 
-def their_name(name: str) -> str:
-    """Of a weight of tpformer."""
-    layer, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
-    return f"{f'decoder.layers.{layer}.' if layer else ''}{MODULES[module]}.weight"
+def gates_above_ups(weight: Tensor, degree: int) -> Tensor:
+    """tpformer's gate_up, whose rows alternate, in their order: each rank's gates above its ups."""
+    return torch.cat([torch.cat((part[0::2], part[1::2])) for part in weight.chunk(degree)])
 
 
-def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy this rank's part of tpformer's whole tensors; raises AttributeError if names differ."""
-    for name, whole in weights.items():
-        mine = part(name, whole, dist.get_rank(), dist.get_world_size())
-        if name.endswith("gate_up.weight"):  # theirs are a rank's gates above its ups, tpformer's alternate
-            mine = torch.cat((mine[0::2], mine[1::2]))
-        model.get_parameter(their_name(name)).data.copy_(mine)
-
-
-def whole_gradients(model: nn.Module, shape: PlainLlamaConfig, names: list[str]) -> dict[str, Tensor]:
-    """Every gradient under the plain model's names; `names` are tpformer's. Collective."""
-    full = {}
-    for name in names:
-        gradient = model.get_parameter(their_name(name)).grad
-        assert gradient is not None, f"{NAME} leaves no gradient in {their_name(name)}"
-        if name.endswith("gate_up.weight"):
-            gradient = torch.stack(gradient.chunk(2), dim=1).flatten(0, 1)
-        full[name] = gathered(name, gradient)
-    return from_tpformer(shape, full)
+def alternating(weight: Tensor, degree: int) -> Tensor:
+    """The inverse of `gates_above_ups`."""
+    return torch.cat([torch.stack(part.chunk(2), dim=1).flatten(0, 1) for part in weight.chunk(degree)])
 
 
 def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: dict[str, Tensor]) -> Step:
@@ -137,7 +119,9 @@ def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: d
     version()
     check_world(NAME, degree)
     model = gpt_model(shape, degree, device, dtype_of(weights))
-    load(model, weights)
+    rename = partial(renamed, modules=MODULES, layers="decoder.layers")
+    fused = [name for name in weights if name.endswith("mlp.gate_up.weight")]
+    load(model, weights | {name: gates_above_ups(weights[name], degree) for name in fused}, rename)
     names = list(weights)
 
     def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
@@ -148,4 +132,8 @@ def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: d
         loss.backward()
         return loss.detach()
 
-    return Step(model, forward_backward, lambda: whole_gradients(model, shape, names))
+    def gradients() -> dict[str, Tensor]:
+        full = whole_gradients(model, names, rename)
+        return from_tpformer(shape, full | {name: alternating(full[name], degree) for name in fused})
+
+    return Step(model, forward_backward, gradients)

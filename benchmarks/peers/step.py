@@ -58,4 +58,3 @@ def dtype_of(weights: dict[str, Tensor]) -> torch.dtype:
     if len(dtypes) != 1:
         raise ValueError(f"the weights must have one dtype, not {sorted(map(str, dtypes))}")
     return dtypes.pop()
-
