@@ -101,7 +101,7 @@ def gpt_model(shape: PlainLlamaConfig, degree: int, device: torch.device, dtype:
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
-    return model.to(device)
+    return model.to(device, dtype)  # the norms too, which are made in fp32
 
 
 def gates_above_ups(weight: Tensor, degree: int) -> Tensor:

@@ -71,7 +71,7 @@ def llama(shape: PlainLlamaConfig, degree: int) -> nn.Module:
     """This rank's part of the model, with picotron's own initialisation."""
     from picotron import process_group_manager
     from picotron.model import Llama
-    from picotron.tensor_parallel.tensor_parallel import apply_tensor_parallel
+    from picotron.tensor_parallel.tensor_parallel import ColumnParallelLinear, apply_tensor_parallel
 
     process_group_manager.setup_process_group_manager(tp_size=degree, cp_size=1, pp_size=1, dp_size=1)
     config = SimpleNamespace(
@@ -89,7 +89,7 @@ def llama(shape: PlainLlamaConfig, degree: int) -> nn.Module:
     if degree > 1:
         apply_tensor_parallel(model)
         for module in model.modules():
-            if hasattr(module, "async_all_reduce"):  # the faster of its two ways; it has no flag for it
+            if isinstance(module, ColumnParallelLinear):  # the faster of its two ways, which it has no flag for
                 module.async_all_reduce = True
     return model
 
