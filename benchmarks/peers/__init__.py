@@ -1,6 +1,6 @@
 """The other ways to run the same Llama, each a driver of an installed package in a file of its own.
 
-What a driver offers (plain, dtensor, fsdp2, huggingface_tp, megatron, torchtitan, picotron):
+What a driver offers (plain, dtensor, fsdp2, huggingface_tp, megatron, megatron_layers, torchtitan, picotron):
 
     NAME, AXIS               how the table calls it, and the degree that it splits over
     version()                of the installed package; raises ImportError with one line if there is none

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers.plain import PlainLlamaConfig, from_tpformer
-from benchmarks.peers.shards import load, renamed, whole_gradients
+from benchmarks.peers.shards import Rename, load, renamed, whole_gradients
 from benchmarks.peers.step import Step, check_world, dtype_of, gemm_backend, installed
 
 __all__ = ["AXIS", "NAME", "build", "gemm_backend", "version"]
@@ -79,12 +81,10 @@ def transformer_config(shape: PlainLlamaConfig, degree: int, dtype: torch.dtype)
     )
 
 
-def gpt_model(shape: PlainLlamaConfig, degree: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """This rank's part of the model, not yet initialised."""
+def initialize(degree: int, device: torch.device) -> None:
+    """Megatron-core's process groups, once for the process, and its generators where there are any."""
     with warnings.catch_warnings(action="ignore"):  # of each optional package that is not there
         from megatron.core import parallel_state, tensor_parallel
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     if device.type == "cpu":
         stand_in_for_cuda()
@@ -92,8 +92,16 @@ def gpt_model(shape: PlainLlamaConfig, degree: int, device: torch.device, dtype:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=degree)
     if device.type == "cuda":
         tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def gpt_model(shape: PlainLlamaConfig, config: Any) -> nn.Module:
+    """This rank's part of the model, not yet initialised."""
+    with warnings.catch_warnings(action="ignore"):
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     model: nn.Module = GPTModel(
-        config=transformer_config(shape, degree, dtype),
+        config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_seq_len,
@@ -101,7 +109,7 @@ def gpt_model(shape: PlainLlamaConfig, degree: int, device: torch.device, dtype:
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
-    return model.to(device, dtype)  # the norms too, which are made in fp32
+    return model
 
 
 def gates_above_ups(weight: Tensor, degree: int) -> Tensor:
@@ -114,21 +122,20 @@ def alternating(weight: Tensor, degree: int) -> Tensor:
     return torch.cat([torch.stack(part.chunk(2), dim=1).flatten(0, 1) for part in weight.chunk(degree)])
 
 
-def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: dict[str, Tensor]) -> Step:
-    """The step of the whole GPTModel with its vocabulary-parallel loss, cut over `degree` ranks."""
-    version()
-    check_world(NAME, degree)
-    model = gpt_model(shape, degree, device, dtype_of(weights))
-    rename = partial(renamed, modules=MODULES, layers="decoder.layers")
-    fused = [name for name in weights if name.endswith("mlp.gate_up.weight")]
+def step_of(
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    weights: dict[str, Tensor],
+    shape: PlainLlamaConfig,
+    rename: Rename,
+) -> Step:
+    """The step of a model with tpformer's weights, of which gate_up only is laid out otherwise."""
+    degree, names = dist.get_world_size(), list(weights)
+    fused = [name for name in names if name.endswith("mlp.gate_up.weight")]
     load(model, weights | {name: gates_above_ups(weights[name], degree) for name in fused}, rename)
-    names = list(weights)
 
     def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
-        length = tokens.shape[1]
-        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
-        hidden = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
-        loss: Tensor = model(tokens, positions, hidden, labels=targets).mean()
+        loss = loss_of(tokens, targets)
         loss.backward()
         return loss.detach()
 
@@ -137,3 +144,24 @@ def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: d
         return from_tpformer(shape, full | {name: alternating(full[name], degree) for name in fused})
 
     return Step(model, forward_backward, gradients)
+
+
+def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: dict[str, Tensor]) -> Step:
+    """The step of the whole GPTModel with its vocabulary-parallel loss, cut over `degree` ranks.
+
+    On a GPU Megatron's users take Transformer Engine's layers: these are not its best there.
+    """
+    version()
+    check_world(NAME, degree)
+    initialize(degree, device)
+    dtype = dtype_of(weights)
+    model = gpt_model(shape, transformer_config(shape, degree, dtype)).to(device, dtype)  # the norms are made in fp32
+
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+        hidden = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        losses: Tensor = model(tokens, positions, hidden, labels=targets)
+        return losses.mean()
+
+    return step_of(model, loss_of, weights, shape, partial(renamed, modules=MODULES, layers="decoder.layers"))

@@ -32,7 +32,12 @@ SHAPE = PlainLlamaConfig(
 )
 CPU = torch.device("cpu")
 PACKAGES = {"plain": "torch", "dtensor": "torch", "fsdp2": "torch", "huggingface_tp": "transformers"}
-OTHERS = {"megatron": "megatron-core", "torchtitan": "torchtitan", "picotron": "picotron"}
+OTHERS = {
+    "megatron": "megatron-core",
+    "megatron_layers": "megatron-core",
+    "torchtitan": "torchtitan",
+    "picotron": "picotron",
+}
 """Not needed by the tests, which run them where they are installed; their stand-ins want a process of their own."""
 EXACT = {"plain", "dtensor", "fsdp2"}
 """Those whose arithmetic is fp64 throughout, if the weights are; the others' norms are fp32."""
