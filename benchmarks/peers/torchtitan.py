@@ -1,4 +1,9 @@
-"""torchtitan's Llama 3, cut by its own sharding configuration, with its vocabulary-parallel loss; not its trainer."""
+"""torchtitan's Llama 3, cut by its own sharding configuration, with its vocabulary-parallel loss; not its trainer.
+
+Three of its modules are others than in its own presets: its scaled_dot_product_attention in place of FlexAttention,
+which has no backward on a CPU; its rotate-half positions, so that weights are the plain model's; and its separate
+q, k and v.
+"""
 
 from __future__ import annotations
 

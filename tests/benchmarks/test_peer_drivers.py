@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from benchmarks.peers import plain
 from benchmarks.peers.plain import PlainLlamaConfig
 from benchmarks.peers.step import Step, installed
 from benchmarks.tensor_parallel import AGREEMENT
 from tests.distributed import Ranks
-from tpformer import Llama, LlamaConfig, Mesh, full_parameter
+from tpformer import Llama, LlamaConfig, Mesh, full_parameter, trace_communication
 
 SHAPE = PlainLlamaConfig(
     vocab_size=256,
@@ -138,6 +140,48 @@ def test_in_bf16_it_is_as_exact_as_the_plain_model(ranks: Ranks, kind: str) -> N
     plain_loss, plain_gradient = worst(ranks(compare, 1, "plain", 1, torch.bfloat16))
     assert max(loss, plain_loss) < AGREEMENT["bfloat16"][0]
     assert gradient < 1.5 * plain_gradient
+
+
+COLLECTIVES = {  # of one step on two ranks: of the whole model, and once for each layer
+    "dtensor": (
+        {"all_reduce forward": 4, "all_reduce backward": 1},
+        {"all_reduce forward": 2, "all_reduce backward": 2},
+    ),
+    "fsdp2": (
+        {"all_gather forward": 1, "reduce_scatter backward": 1, "all_reduce forward": 1},
+        {"all_gather forward": 1, "all_gather backward": 1, "reduce_scatter backward": 1},
+    ),
+    "huggingface_tp": (
+        {"all_reduce forward": 1, "all_gather forward": 1, "all_reduce backward": 1},
+        {"all_reduce forward": 2, "all_reduce backward": 5},
+    ),
+}
+COLLECTIVES |= dict.fromkeys(("megatron", "megatron_layers", "torchtitan"), COLLECTIVES["dtensor"])
+COLLECTIVES["picotron"] = COLLECTIVES["huggingface_tp"]
+
+
+def communicate(kind: str) -> tuple[Counter[str], int]:
+    """On each of two ranks: the collectives of one step, and the numbers that it holds of the parameters."""
+    step = driver(kind).build(SHAPE, 2, CPU, weights(torch.float32))
+    with trace_communication() as trace:
+        step(*batch())
+    parameters = [p.to_local() if isinstance(p, DTensor) else p for p in step.model.parameters()]
+    return Counter(f"{call.op} {call.phase}" for call in trace.calls), sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "plain"])
+def test_it_is_cut_in_two(ranks: Ranks, kind: str) -> None:
+    """A driver that left the model whole on every rank would have the right loss too."""
+    once, per_layer = COLLECTIVES[kind]
+    expected = Counter(once)
+    for _ in range(SHAPE.num_layers):
+        expected += Counter(per_layer)
+    model = plain.PlainLlama(SHAPE)
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    matrices = sum(p.numel() for p in model.parameters()) - norms
+    for calls, held in launch(ranks, kind, 2, communicate, kind):
+        assert calls == expected
+        assert held == matrices // 2 + (norms // 2 if kind == "fsdp2" else norms)
 
 
 def compare_spoiled(kind: str, control: str) -> dict[str, float]:
