@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -15,7 +18,13 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from benchmarks.peers.plain import PlainLlama
+from benchmarks.peers.plain import PlainLlama, PlainLlamaConfig, version, with_weights
+from benchmarks.peers.step import Step, check_world, gemm_backend
+
+__all__ = ["AXIS", "NAME", "build", "gemm_backend", "version"]
+
+NAME = "torch DTensor"
+AXIS: Literal["tp", "dp"] = "tp"
 
 
 def tensor_parallel_plan() -> dict[str, ParallelStyle]:
@@ -67,3 +76,15 @@ def whole(tensor: Tensor) -> Tensor:
 def one_axis_mesh(device: torch.device, size: int) -> DeviceMesh:
     """A mesh of the first `size` ranks; every rank of the job calls it, in the same order."""
     return DeviceMesh(device.type, list(range(size)), mesh_dim_names=("tp",))
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every gradient there is by its parameter's name, gathered if it is cut; collective."""
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: dict[str, Tensor]) -> Step:
+    """The plain model's step, its layers cut over `degree` ranks."""
+    check_world(NAME, degree)
+    model = parallelize(with_weights(shape, device, weights), one_axis_mesh(device, degree))
+    return Step(model, partial(forward_backward, model), partial(whole_gradients, model))

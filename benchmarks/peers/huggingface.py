@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.plain import PlainLlamaConfig, from_tpformer
+from benchmarks.peers.shards import renamed
 
 MODULES = {  # the plain model's names, which tpformer shares, and theirs
     "attention_norm": "input_layernorm",
@@ -29,11 +30,26 @@ MODULES = {  # the plain model's names, which tpformer shares, and theirs
 
 def from_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The plain model's weights under the names of LlamaForCausalLM."""
-    renamed = {}
-    for name, tensor in state.items():
-        layer, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
-        renamed[f"{f'model.layers.{layer}.' if layer else ''}{MODULES[module]}.weight"] = tensor
-    return renamed
+    return {renamed(name, MODULES, "model.layers"): tensor for name, tensor in state.items()}
+
+
+def llama_config(config: PlainLlamaConfig) -> Any:
+    """transformers' configuration of the plain model, with torch's attention; needs the package transformers."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        intermediate_size=config.ffn_hidden_size,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
 
 
 class HuggingFaceLlama(nn.Module):
@@ -49,24 +65,11 @@ class HuggingFaceLlama(nn.Module):
         patched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
         self.config, self.patched = config, patched
-        theirs = LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            intermediate_size=config.ffn_hidden_size,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-        )
         with patched():
-            self.causal = LlamaForCausalLM(theirs)
+            self.causal = LlamaForCausalLM(llama_config(config))
         for parameter in self.causal.parameters():  # their rotary frequencies stay fp32, as when they load a model
             parameter.data = parameter.data.to(dtype)
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from benchmarks.peers.step import Step, check_world, dtype_of, gemm_backend
+
+__all__ = ["AXIS", "NAME", "build", "gemm_backend", "version"]
+
+NAME = "plain PyTorch"
+AXIS: Literal["tp", "dp"] = "tp"
 
 
 @dataclass(frozen=True)
@@ -130,8 +138,9 @@ class PlainLlama(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean nats per token; both arguments are (b, s), targets of -100 are left out."""
+        logits = self(tokens).flatten(0, 1)
         # As everyone does: in bf16 the logarithm of the softmax would be off by up to 0.03. In fp32 it is no copy.
-        return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
 
 
 def from_tpformer(config: PlainLlamaConfig, full: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,3 +166,35 @@ def from_tpformer(config: PlainLlamaConfig, full: dict[str, Tensor]) -> dict[str
 def load_from_tpformer(model: PlainLlama, full: dict[str, Tensor]) -> None:
     """Copy tpformer's whole tensors, under its names, into `model`; raises RuntimeError if names differ."""
     model.load_state_dict(from_tpformer(model.config, full))
+
+
+def version() -> str:
+    """torch's."""
+    return torch.__version__
+
+
+def with_weights(shape: PlainLlamaConfig, device: torch.device, weights: dict[str, Tensor]) -> PlainLlama:
+    """The plain model on a device, with tpformer's whole tensors and in their dtype."""
+    with torch.device(device):
+        model = PlainLlama(shape)
+    model.to(dtype_of(weights))
+    load_from_tpformer(model, weights)
+    return model
+
+
+def build(shape: PlainLlamaConfig, degree: int, device: torch.device, weights: dict[str, Tensor]) -> Step:
+    """The step of one process; raises ValueError for any degree but 1."""
+    check_world(NAME, degree)
+    if degree != 1:
+        raise ValueError(f"{NAME} is one process, not {degree}")
+    model = with_weights(shape, device, weights)
+
+    def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        return loss.detach()
+
+    def gradients() -> dict[str, Tensor]:
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    return Step(model, forward_backward, gradients)
