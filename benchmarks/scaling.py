@@ -1,4 +1,4 @@
-"""How well it scales: one model on 1, 2, 4, ... processes, over tensor, pipeline and data parallelism, beside its peers.
+"""How well it scales: one model on 1, 2, 4 processes, over tensor, pipeline and data parallelism, beside its peers.
 
     python -m benchmarks.scaling --preset cpu-small
     python -m benchmarks.scaling --preset peers --axes tp dp --mode strong
@@ -9,8 +9,8 @@ gradients, without an optimizer, the same for all kinds; all that have the same 
 loss and the same gradient of the first norm before they are timed. Efficiency is the FLOP/s of each rank over those of
 the same kind's one process (strong scaling: t1 / (n tn)). A step takes as long as its slowest rank.
 
---project runs one rank's true share on the one device at hand, with collectives that send nothing, measures it, and adds
-what the communication would take on --network: such rows and plots say PROJECTED.
+--project runs one rank's true share on the one device at hand, with collectives that send nothing, measures it, and
+adds what the communication would take on --network: such rows and plots say PROJECTED.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from benchmarks.scaling_launch import Launch
 from benchmarks.scaling_measure import Effort, measure
 from benchmarks.scaling_presets import PRESETS
 from benchmarks.scaling_record import row_of, series_of
-from tpformer.planner.hardware import Link, link
+from tpformer.planner.hardware import link
+from tpformer.planner.machine import Link
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Options:
     )
     """Models and batch; cpu-small takes 3 minutes on 2 cores, megatron's and llama3's are for GPUs."""
     kinds: tuple[str, ...] = ()
-    """tpformer, tpformer_sp (sequence parallel), tpformer_fsdp, or a module of benchmarks.peers; default: the preset's."""
+    """tpformer, tpformer_sp (sequence parallel), tpformer_fsdp, modules of benchmarks.peers; default: the preset's."""
     axes: tuple[AxisName, ...] = ("tp", "pp", "dp")
     """Axes to split over, each by itself; a peer has one."""
     degrees: tuple[int, ...] = ()

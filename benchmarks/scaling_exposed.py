@@ -72,7 +72,7 @@ class Waits(TorchDispatchMode):
             self._stood(id(work), begin)
             return result
 
-        dist.Work.wait = wait  # type: ignore[method-assign]
+        dist.Work.wait = wait  # type: ignore[method-assign,assignment]
         super().__enter__()
         return self
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from benchmarks.scaling_jobs import Job
 from tpformer.models.llama import LlamaConfig
 
 ROOT = Path(__file__).parents[1]
-LOOK = timedelta(seconds=0.5)  # how often it is looked whether the processes are still alive
+LOOK = 0.01  # seconds between looks for an answer: a store that waits and finds nothing complains about it
 PROCESS_BYTES = 400 << 20  # of a process that has imported torch, about
 
 
@@ -81,7 +80,8 @@ class Running:
         """Wait for what was sent last. Raises JobError as `ask` does."""
         keys = [f"{self.name}/answer/{self._asked - 1}/{rank}" for rank in range(self.job.processes)]
         deadline = time.monotonic() + self._launch.timeout
-        while not self._are_there(keys):
+        while not self._store.check(keys):
+            time.sleep(LOOK)
             ended = self._process.poll() is not None
             if error := self._store.get(f"{self.name}/error").decode():
                 raise JobError(error)
@@ -90,13 +90,6 @@ class Running:
             if time.monotonic() > deadline:
                 raise JobError(f"no answer to {what!r} in {self._launch.timeout:.0f} s")
         return [json.loads(self._store.get(key)) for key in keys]
-
-    def _are_there(self, keys: list[str]) -> bool:
-        try:
-            self._store.wait(keys, LOOK)  # sleeps
-        except dist.DistStoreError:
-            return False
-        return True
 
     def _last_line(self) -> str:
         lines = (self._log / "log").read_text(errors="replace").split("\n")

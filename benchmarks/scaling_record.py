@@ -11,7 +11,7 @@ from benchmarks.scaling_jobs import Job, Series
 from benchmarks.scaling_measure import Measured
 from benchmarks.scaling_presets import Published
 from benchmarks.scaling_projection import project
-from tpformer.planner.hardware import Link
+from tpformer.planner.machine import Link
 
 
 def row_of(measured: Measured, link: Link | None) -> dict[str, Any]:
@@ -44,7 +44,10 @@ def row_of(measured: Measured, link: Link | None) -> dict[str, Any]:
     }
     if job.projected:
         assert link is not None
-        row = project(row, link)
+        try:
+            row = project(row, link)
+        except ValueError as error:
+            return row | {"error": str(error)}
     return row | rates(row)
 
 
@@ -75,7 +78,7 @@ def series_of(
 ) -> list[dict[str, Any]]:
     """Every series with its jobs' numbers in the record, efficiencies beside them, and what others published.
 
-    efficiency is against the kind's own process, efficiency_to_plain against plain PyTorch's, if that is among the jobs.
+    efficiency is against the kind's own process, efficiency_to_plain against plain PyTorch's where that was measured.
     """
     found = []
     for line in series:

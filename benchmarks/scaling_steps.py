@@ -44,9 +44,9 @@ def build_job(job: Job, device: str | None) -> Built:
     """A job's model and step; every rank of it calls this. Raises whatever a model or a package raises."""
     if job.projected:
         join_silent_group(job.degree)
-    degrees: dict[str, Any] = {"tp": 1, "pp": 1, "dp": 1} | {job.axis: job.degree}
-    precision = {"float32": "fp32", "bfloat16": "bf16"}[job.dtype]
-    parallel = ParallelConfig(**degrees, precision=precision, **OURS.get(job.kind, {}))
+    fields: dict[str, Any] = {"tp": 1, "pp": 1, "dp": 1} | {job.axis: job.degree} | OURS.get(job.kind, {})
+    fields["precision"] = {"float32": "fp32", "bfloat16": "bf16"}[job.dtype]
+    parallel = ParallelConfig(**fields)
     with silent_timeouts():
         mesh = Mesh.of(parallel, device)
     return ours(job, parallel, mesh) if job.kind in OURS else theirs(job, mesh)
