@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -102,10 +102,15 @@ class Wish:
 
 
 def axes_of(kind: str) -> tuple[str, ...]:
-    """The axes that a kind can be split over; of a driver that cannot be imported, tp, where it will say why."""
+    """The axes that a kind can be split over; of a driver that cannot be imported, tp, where it will say why.
+
+    Raises ValueError for a kind that is not there.
+    """
     ours = {"tpformer": ("tp", "pp", "dp"), "tpformer_sp": ("tp",), "tpformer_fsdp": ("dp",)}
     if kind in ours:
         return ours[kind]
+    if importlib.util.find_spec(f"benchmarks.peers.{kind}") is None:
+        raise ValueError(f"kind ({kind!r}) must be one of {', '.join(ours)} or a module of benchmarks.peers")
     try:
         return (importlib.import_module(f"benchmarks.peers.{kind}").AXIS,)
     except Exception:  # whatever a foreign package raises

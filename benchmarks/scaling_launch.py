@@ -46,7 +46,7 @@ class Running:
 
     def __init__(self, job: Job, name: str, store: dist.TCPStore, launch: Launch):
         self.job, self.name, self._store, self._launch = job, name, store, launch
-        self._asked = 0
+        self._asked, self._failed = 0, False
         self._log = Path(tempfile.mkdtemp(prefix="scaling-"))
         place = {"port": store.port, "name": name, "device": launch.device, "threads": launch.threads}
         store.set(f"{name}/error", "")
@@ -82,14 +82,19 @@ class Running:
         deadline = time.monotonic() + self._launch.timeout
         while not self._store.check(keys):
             time.sleep(LOOK)
-            ended = self._process.poll() is not None
-            if error := self._store.get(f"{self.name}/error").decode():
-                raise JobError(error)
-            if ended:
-                raise JobError(f"its processes have ended: {self._last_line()}")
-            if time.monotonic() > deadline:
-                raise JobError(f"no answer to {what!r} in {self._launch.timeout:.0f} s")
+            if problem := self._problem(deadline):
+                self._failed = True
+                raise JobError(f"{what}: {problem}")
         return [json.loads(self._store.get(key)) for key in keys]
+
+    def _problem(self, deadline: float) -> str:
+        """Why there will be no answer; "" as long as there may be one."""
+        ended = self._process.poll() is not None  # asked first: a process that ends has told its error before
+        if error := self._store.get(f"{self.name}/error").decode():
+            return error
+        if ended:
+            return f"its processes have ended: {self._last_line()}"
+        return f"no answer in {self._launch.timeout:g} s" if time.monotonic() > deadline else ""
 
     def _last_line(self) -> str:
         lines = (self._log / "log").read_text(errors="replace").split("\n")
@@ -102,8 +107,7 @@ class Running:
     def close(self) -> None:
         """End the processes: let them go, then ask torchrun to end them, then kill them. Twice is no more than once."""
         self.let_go()
-        failed = bool(self._store.get(f"{self.name}/error"))
-        for patience, then in ((0.0 if failed else 10.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
+        for patience, then in ((0.0 if self._failed else 10.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
             try:
                 self._process.wait(patience)
                 break

@@ -53,9 +53,15 @@ def measured(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in record["jobs"] if row["error"] is None]
 
 
-def name(row: dict[str, Any]) -> str:
-    """A job, told from the others of its kind by its size."""
-    return f"{label(row)}, {row['parameters'] / 1e6:,.0f}M, {row['batch']} x {row['model']['max_seq_len']}"
+def names_on(panel: Any, rows: list[dict[str, Any]]) -> None:
+    """A line a job, the first on top, told from the others of its kind by its size."""
+    names = [
+        f"{label(row)}, {row['parameters'] / 1e6:,.3g}M, {row['batch']} x {row['model']['max_seq_len']}"
+        f"{'' if row['micro_batch'] in (row['batch'], row['batch'] // row['degree']) else ' in parts'}"
+        for row in rows
+    ]
+    panel.set_yticks(range(len(rows)), names, fontsize=8)  # by place: two jobs may have one name
+    panel.invert_yaxis()
 
 
 def efficiency(figure: Any, record: dict[str, Any]) -> None:
@@ -101,9 +107,9 @@ def time(figure: Any, record: dict[str, Any]) -> None:
         values = [parts(row).get(part, 0.0) for row in rows]
         if any(values):
             title_ = {"compute": "compute", "idle": "idle"}.get(part, f"exposed communication, {part}")
-            panel.barh([name(row) for row in rows], values, left=left, color=color, label=title_)
+            panel.barh(range(len(rows)), values, left=left, color=color, label=title_)
         left = [before + value for before, value in zip(left, values, strict=True)]
-    panel.invert_yaxis()
+    names_on(panel, rows)
     panel.set_xlabel("ms of a step")
     panel.legend(fontsize=8, loc="lower right")
 
@@ -113,8 +119,8 @@ def memory(figure: Any, record: dict[str, Any]) -> None:
     panel = figure.subplots()
     rows = measured(record)
     known = [[b / 2**20 for b in row["peak_memory_bytes"] if b is not None] for row in rows]
-    panel.barh([name(row) for row in rows], [max(peaks, default=0.0) for peaks in known], color="tab:blue", alpha=0.5)
+    panel.barh(range(len(rows)), [max(peaks, default=0.0) for peaks in known], color="tab:blue", alpha=0.5)
     for place, peaks in enumerate(known):
         panel.plot(peaks, [place] * len(peaks), "k.", markersize=4)
-    panel.invert_yaxis()
+    names_on(panel, rows)
     panel.set_xlabel("peak memory of a rank in a step, MiB")
