@@ -82,19 +82,19 @@ class Running:
         deadline = time.monotonic() + self._launch.timeout
         while not self._store.check(keys):
             time.sleep(LOOK)
-            if problem := self._problem(deadline):
+            if problem := self._problem(what, deadline):
                 self._failed = True
-                raise JobError(f"{what}: {problem}")
+                raise JobError(problem)
         return [json.loads(self._store.get(key)) for key in keys]
 
-    def _problem(self, deadline: float) -> str:
+    def _problem(self, what: str, deadline: float) -> str:
         """Why there will be no answer; "" as long as there may be one."""
         ended = self._process.poll() is not None  # asked first: a process that ends has told its error before
         if error := self._store.get(f"{self.name}/error").decode():
             return error
         if ended:
-            return f"its processes have ended: {self._last_line()}"
-        return f"no answer in {self._launch.timeout:g} s" if time.monotonic() > deadline else ""
+            return f"{what}: its processes have ended: {self._last_line()}"
+        return f"{what}: no answer in {self._launch.timeout:g} s" if time.monotonic() > deadline else ""
 
     def _last_line(self) -> str:
         lines = (self._log / "log").read_text(errors="replace").split("\n")

@@ -43,7 +43,7 @@ def save(path: Path, plot: Callable[[Any, dict[str, Any]], None], record: dict[s
 
 def heading(record: dict[str, Any]) -> str:
     """The title of every plot: what of it is no measurement stands there."""
-    projected = any(row["projected"] for row in record["jobs"])
+    projected = any(row["projected"] for row in measured(record))
     lines = [title(record), *([network_line(record["network"])] if projected else [])]
     return "\n".join(part for text in lines for part in textwrap.wrap(text, 130))
 

@@ -1,7 +1,7 @@
 """A projected rank does the true share of the work: the collectives of a real run, and no FLOP too few or too many."""
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,8 +17,7 @@ from benchmarks.scaling_worker import trace
 from tests.distributed import Ranks
 from tpformer.planner.machine import Link
 
-MODEL = PRESETS["cpu-tiny"].model
-assert isinstance(MODEL, PlainLlamaConfig)
+MODEL = cast(PlainLlamaConfig, PRESETS["cpu-tiny"].model)
 LINK = Link("wire", bandwidth=1e9, latency=1e-6, source="invented", efficiency=0.5)
 
 
