@@ -16,6 +16,7 @@ adds what the communication would take on --network: such rows and plots say PRO
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def run(options: Options) -> dict[str, Any]:
 def main() -> None:
     """Read the flags, measure, print and write."""
     options = tyro.cli(Options, prog="benchmarks.scaling")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks.scaling: ended from outside"))  # jobs end with it
     try:
         record = run(options)
     except ValueError as error:

@@ -95,6 +95,8 @@ def _one_by_one(found: list[Measured], start: Callable[[int], Running], effort: 
     for turn in range(effort.passes):
         order = list(range(len(found)))
         for number in order if turn % 2 == 0 else reversed(order):
+            if found[number].error is not None:
+                continue
             alive: dict[int, Running] = {}
             with _noting(found[number], alive, say):
                 running = start(number)
