@@ -81,8 +81,8 @@ class Waits(TorchDispatchMode):
         dist.Work.wait = self._torch_wait  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind.__name__ == "DTensor" for kind in types):
-            return NotImplemented  # it goes first, and issues what it needs
+        if any(kind.__name__ in ("DTensor", "AsyncCollectiveTensor") for kind in types):
+            return NotImplemented  # they go first, and issue and wait for what they need
         if func.namespace not in ("c10d", "_c10d_functional"):
             return func(*args, **(kwargs or {}))
         begin = time.perf_counter()

@@ -98,7 +98,8 @@ class Running:
 
     def _last_line(self) -> str:
         lines = (self._log / "log").read_text(errors="replace").split("\n")
-        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "without a word")
+        said = (line.strip()[:200] for line in reversed(lines) if line.strip("=- "))  # torchrun draws lines
+        return next(said, "without a word")
 
     def let_go(self) -> None:
         """Tell the processes that nothing more will be asked."""

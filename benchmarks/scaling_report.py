@@ -19,7 +19,7 @@ def table(record: dict[str, Any]) -> list[str]:
     """The record as lines of at most 120 columns."""
     lines = [
         title(record),
-        f"{'kind':14}{'axis':5}{'mode':7}{'n':>2} {'ms':>7}{'p20':>7}{'p80':>7}{'quiet':>6}{'tokens/s':>9}{'eff %':>6}"
+        f"{'kind':15}{'axis':5}{'mode':7}{'n':>2} {'ms':>7}{'p20':>7}{'p80':>7}{'quiet':>6}{'tokens/s':>8}{'eff %':>6}"
         f"{'/plain':>7}{'publ.':>6}{'exposed':>8}{'idle':>5}{'calls':>6}{'MiB':>7}{'peak':>6}{'MFU':>4}",
     ]
     for series in record["series"]:
@@ -50,9 +50,9 @@ def line(series: dict[str, Any], place: int, row: dict[str, Any], cores: int | N
     exposed = row["exposed"] or {"exposed_share": None, "idle_share": None}
     peak = max((bytes_ for bytes_ in row["peak_memory_bytes"] if bytes_ is not None), default=None)
     calls, payload = traffic(row)
-    who = f"{row['kind']:14}{series['axis']:5}{series['mode']:7}{degree:2}{'!' if crowded else ' '}"
+    who = f"{row['kind']:15}{series['axis']:5}{series['mode']:7}{degree:2}{'!' if crowded else ' '}"
     return (
-        f"{who}{milliseconds(row['median_ms'])}{around}{quiet:>6}{row['tokens_per_second']:9.0f}"
+        f"{who}{milliseconds(row['median_ms'])}{around}{quiet:>6}{row['tokens_per_second']:8.0f}"
         f"{percent(series['efficiency'][place], 6)}{percent(series['efficiency_to_plain'][place], 7)}"
         f"{percent(published, 6)}{percent(exposed['exposed_share'], 8)}{percent(exposed['idle_share'], 5, 0)}"
         f"{calls:6}{payload / 2**20:7.1f}{'-' if peak is None else format(peak / 2**20, '.0f'):>6}"

@@ -45,7 +45,7 @@ def test_the_record_says_what_ran_where(ran: tuple[dict[str, Any], str, list[str
     assert "-m benchmarks.scaling --preset cpu-tiny" in record["environment"]["command"]
     plots = [f"scaling_cpu-tiny_cpu_{name}.png" for name in ("efficiency", "memory", "time")]
     assert files == ["scaling_cpu-tiny_cpu.json", *plots]
-    assert "tpformer      tp   strong  2" in out and "PROJECTED with nvlink4" in out
+    assert "tpformer       tp   strong  2" in out and "PROJECTED with nvlink4" in out
     assert {row["gemm_backend"] for row in record["jobs"] if not row["error"]} != {None}
 
 

@@ -1,6 +1,7 @@
 """Time in which communication stands in the way: what is known to be exposed, is; what is hidden, is not."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -61,10 +62,9 @@ def test_what_is_hidden_behind_work_is_not_exposed(ranks: Ranks) -> None:
     assert first.seconds > LATE
 
 
-def trained(axis: str) -> tuple[list[str], list[str], list[str]]:
+def trained(kind: str, axis: Any) -> tuple[list[str], list[str], list[str]]:
     """On a rank: what a step issues as the trace counts it, as the timer notes it, and what was waited for later."""
-    preset = PRESETS["cpu-tiny"]
-    built = build_job(Job("tpformer", axis, 2, preset.model, 4, 1 if axis == "pp" else 2), "cpu")  # type: ignore[arg-type]
+    built = build_job(Job(kind, axis, 2, PRESETS["cpu-tiny"].model, 4, 1 if axis == "pp" else 2), "cpu")
     built.step()  # a pipeline's first step greets its neighbours
     with trace_communication() as trace:
         built.step()
@@ -76,9 +76,19 @@ def trained(axis: str) -> tuple[list[str], list[str], list[str]]:
     return [call.axis for call in trace.calls], [key.split()[0] for key in waits.issued], later
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp", "dp"])
-def test_nothing_that_the_trace_knows_escapes_the_timer(axis: str, ranks: Ranks) -> None:
-    for calls, issued, later in ranks(trained, 2, axis):
+@pytest.mark.parametrize(
+    ("kind", "axis"),
+    [
+        ("tpformer", "tp"),
+        ("tpformer", "pp"),
+        ("tpformer", "dp"),
+        ("tpformer_fsdp", "dp"),
+        ("dtensor", "tp"),
+        ("fsdp2", "dp"),
+    ],
+)
+def test_nothing_that_the_trace_knows_escapes_the_timer(kind: str, axis: str, ranks: Ranks) -> None:
+    for calls, issued, later in ranks(trained, 2, kind, axis):
         assert sorted(calls) == sorted(issued) == [axis] * len(calls)
         assert len(calls) > 0
         assert len(set(later)) == len(calls)  # each was waited for
