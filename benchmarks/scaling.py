@@ -34,6 +34,8 @@ from benchmarks.scaling_record import row_of, series_of
 from tpformer.planner.hardware import link
 from tpformer.planner.machine import Link
 
+PEAK_IS = {"cpu": "resident memory of the whole process, torch included", "cuda": "torch.cuda.max_memory_allocated"}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -122,6 +124,7 @@ def run(options: Options) -> dict[str, Any]:
         "config": asdict(options) | {"results": str(options.results)},
         "environment": harness.environment("benchmarks.scaling", torch.device(options.device)),
         "quiet_below_cores": harness.QUIET_CORES,
+        "peak_memory_is": PEAK_IS[options.device],
         "network": None if network is None else asdict(network),
         "jobs": rows,
         "series": series_of(series, jobs, rows, preset.published),

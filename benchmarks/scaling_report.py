@@ -11,7 +11,7 @@ WIDTH = 120
 LEGEND = (
     "eff: FLOP/s of a rank over those of the same kind's one process (strong scaling: t1 / n tn); /plain: over plain's",
     "exposed: of the step, in which communication stands in the way; idle: of that, waiting until another rank comes",
-    "calls, MiB: collectives of a step and their payload, of the rank with most; peak: of the rank with most memory",
+    "calls, MiB: collectives of a step and their payload, of the rank with most; peak: MiB of the rank with most memory",
 )
 
 
@@ -19,7 +19,7 @@ def table(record: dict[str, Any]) -> list[str]:
     """The record as lines of at most 120 columns."""
     lines = [
         title(record),
-        f"{'kind':15}{'axis':5}{'mode':7}{'n':>2} {'ms':>7}{'p20':>7}{'p80':>7}{'quiet':>6}{'tokens/s':>8}{'eff %':>6}"
+        f"{'kind':15}{'axis':5}{'mode':7}{'n':>2} {'ms':>7}{'p20':>7}{'p80':>7}{'quiet':>6}{'tok/s':>8}{'eff %':>6}"
         f"{'/plain':>7}{'publ.':>6}{'exposed':>8}{'idle':>5}{'calls':>6}{'MiB':>7}{'peak':>6}{'MFU':>4}",
     ]
     for series in record["series"]:
@@ -94,12 +94,13 @@ def notes(record: dict[str, Any]) -> list[str]:
         for s in record["series"]
         if s["published"]
     }
+    peak = [f"peak memory is {record['peak_memory_is']}"]
     projected = [network_line(record["network"])] if record["network"] else []
     crowded = _places(record) is not None and any(r["degree"] > _places(record) and not r["projected"] for r in rows)
     signs = ["! oversubscribed: more processes than the machine has cores"] if crowded else []
     if any(row["error"] is None and row["used_all"] for row in rows):
         signs.append("* fewer than 3 samples were quiet: all were used")
-    return [*failed, *matmul, *sources.values(), *projected, *signs, *LEGEND]
+    return [*failed, *matmul, *sources.values(), *projected, *signs, *LEGEND, *peak]
 
 
 def label(row: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ def record() -> dict[str, Any]:
     return {
         "config": {"preset": "megatron-2019", "threads": 1, "device": "cpu"},
         "environment": {"device": "a machine", "cores": 1},
+        "peak_memory_is": "weighed",
         "network": asdict(LINK),
         "jobs": rows,
         "series": series_of(SERIES, JOBS, rows, PRESETS["megatron-2019"].published),
