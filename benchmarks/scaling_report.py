@@ -11,7 +11,7 @@ WIDTH = 120
 LEGEND = (
     "eff: FLOP/s of a rank over those of the same kind's one process (strong scaling: t1 / n tn); /plain: over plain's",
     "exposed: of the step, in which communication stands in the way; idle: of that, waiting until another rank comes",
-    "calls, MiB: collectives of a step and their payload, of the rank with most; peak: MiB of the rank with most memory",
+    "calls, MiB: collectives of a step and their payload, and peak: MiB of memory, each of the rank with most",
 )
 
 

@@ -1,6 +1,7 @@
 """What is measured: the published shapes, each job once, and models and batches that grow as they are said to."""
 
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -112,6 +113,10 @@ def test_what_cannot_be_projected_is_told(text: str) -> None:
 def test_a_degree_without_a_model_is_told() -> None:
     with pytest.raises(ValueError, match="no model for tp=3"):
         plan(SMALL, replace(EVERY, degrees=(1, 3)))
+
+
+def test_every_preset_can_be_asked_for() -> None:
+    assert set(get_args(get_type_hints(Options)["preset"])) == PRESETS.keys()
 
 
 def test_models_are_what_peers_can_build() -> None:

@@ -40,6 +40,12 @@ def test_a_projected_rank_communicates_as_a_real_one(kind: str, axis: Any, degre
     assert projected == real[0]
 
 
+def test_another_degree_communicates_otherwise(ranks: Ranks) -> None:
+    """Negative control: the comparison above would see a share of the wrong degree."""
+    two, four = (Job("tpformer", "tp", degree, MODEL, 4, 4, projected=True) for degree in (2, 4))
+    assert ranks(seen, 1, two) != ranks(seen, 1, four)
+
+
 def attention(query: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
     """FLOPs of the two products of an attention's forward, the whole square."""
     batch, heads, length, width = query
