@@ -38,9 +38,9 @@ Gradients that replicas share out are in the rest: they are made anew in each st
 """
 
 
-def candidate(model: str, parallel: ParallelConfig, micro_batch_size: int) -> Candidate:
-    """A row of the table."""
-    return Candidate(MODELS[model], parallel, LENGTH, BATCH, micro_batch_size, on_cpu=True)
+def candidate(model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int) -> Candidate:
+    """A step of a few tokens on CPUs."""
+    return Candidate(model, parallel, LENGTH, BATCH, micro_batch_size, on_cpu=True)
 
 
 def measure(case: Candidate) -> Measured:

@@ -5,93 +5,18 @@ what lives at the few moments of a step at which most can be alive. Dropout coun
 Source of the count by hand: arXiv 2205.05198, section 4 (34 sbh bytes a block, of which 5as²/h are never stored here).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.layers.embedding import padded_vocab
 from tpformer.layers.linear_cross_entropy import LEAST_CHUNK
-from tpformer.models.gpt import GPTConfig
-from tpformer.planner.candidate import Candidate, ModelConfig
+from tpformer.planner.sizes import Sizes
 from tpformer.planner.terms import Term, term
 
 Terms = tuple[Term, ...]
 QKV = "(heads + 2 kv_heads)/tp x head_dim"
 CPU_CHUNK = 1 << 20
 """Bytes of fp32 that the loss's reference works on at a time, on a CPU."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The shapes of one micro-batch on one rank."""
-
-    model: ModelConfig
-    b: int
-    s: int
-    tp: int
-    gathers: bool
-    """Sequence parallelism over more than one rank."""
-    width: int
-    """Bytes of a number that the model computes in."""
-    stream: int
-    """Bytes of a number of the residual stream."""
-    scaled: bool
-    """fp16."""
-    on_cpu: bool
-
-    @staticmethod
-    def of(candidate: Candidate) -> "Sizes":
-        """A candidate's."""
-        p, width = candidate.parallel, candidate.width
-        return Sizes(
-            candidate.model,
-            candidate.micro_batch_size,
-            candidate.seq_len,
-            p.tp,
-            p.sequence_parallel and p.tp > 1,
-            width,
-            4 if p.fp32_residual else width,
-            p.precision == "fp16",
-            candidate.on_cpu,
-        )
-
-    @property
-    def gpt(self) -> bool:
-        """LayerNorm, biases and learned positions."""
-        return isinstance(self.model, GPTConfig)
-
-    @property
-    def heads(self) -> int:
-        """Query heads of the rank."""
-        return self.model.attention.num_heads // self.tp
-
-    @property
-    def kv_heads(self) -> int:
-        """Key heads of the rank; a copy of one where there are more ranks."""
-        return max(1, self.model.attention.num_kv_heads // self.tp)
-
-    @property
-    def ffn(self) -> int:
-        """Inner features of the rank's MLP."""
-        model = self.model
-        return (model.ffn_size if isinstance(model, GPTConfig) else model.ffn_hidden_size) // self.tp
-
-    @property
-    def expands(self) -> bool:
-        """Keys and values are repeated for each query head: on a CPU, where torch's kernel is the faster for it."""
-        return self.on_cpu and self.heads != self.kv_heads
-
-    def whole(self, name: str, label: str, features: int, count: int = 1, width: int = 0) -> Term:
-        """(b, s, features), `count` times."""
-        several = (("tensors", count),) if count > 1 else ()
-        return term(name, *several, ("b", self.b), ("s", self.s), (label, features), ("bytes", width or self.width))
-
-    def local(self, name: str, count: int = 1, width: int = 0) -> Term:
-        """(b, s, d) or, under sequence parallelism, (b, s/tp, d), `count` times."""
-        length = ("s/tp", self.s // self.tp) if self.gathers else ("s", self.s)
-        several = (("tensors", count),) if count > 1 else ()
-        d = ("d", self.model.hidden_size)
-        return term(name, *several, ("b", self.b), length, d, ("bytes", width or self.width))
 
 
 class Step(NamedTuple):
@@ -213,6 +138,7 @@ def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) 
     d, a = z.model.hidden_size, z.model.attention
     q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
     inner = 1 if z.gpt else 2  # what the first matmul of an MLP gives
+    n, m = len(_singles(mlp)), len(_singles(attention))
     normed = (z.local("first norm's output"),)
     incoming = z.local("gradient of the residual stream", width=z.stream)
     copies = 1 if z.b == 1 else 2  # of several samples a gathered sequence is put together once more
@@ -221,20 +147,20 @@ def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) 
     # on a CPU gate and up are products of their own
     entered = (z.whole("input gradient of a column-parallel layer", "d", d, 1 if z.gpt else 2), *gathered)
     entered = entered if z.on_cpu else (z.whole("input gradient of a column-parallel layer", "d", d), *gathered)
-    # of the activation's three or four, one lies where its output was
-    times = 1 if z.gpt else 3 if z.on_cpu else 2
+    # the activation's output is no longer there, but relu's, which is all that it keeps
+    left = _singles(mlp)[1:] if n > 1 else mlp
+    times = 2 if z.gpt else 4 if z.on_cpu else 3
     waits = _waiting(z)
     packed = z.whole("gradient of q|k|v", QKV, q + 2 * kv)
-    n, m = len(_singles(mlp)), len(_singles(attention))
     steps = [
         Step("the MLP's second matmul", (*norms, *before, *mlp), (incoming, *dy, _ffn(z, 1)), (), 1, 0, 1),
-        Step("the MLP's activation", (*norms, *before, *mlp), (incoming, _ffn(z, times)), waits[:1], 1, n > 1, inner),
+        Step("the MLP's activation", (*norms, *before, *left), (incoming, _ffn(z, times)), waits[:1], 1, n > 1, inner),
         Step("the MLP's first matmul", (*norms, *before), (incoming, _ffn(z, inner), *entered), waits[:1], 2, n, 1),
         Step("attention", (*normed, *attention), (incoming, *_core(z, q, kv)), waits[:2], 3, n + 2, m),
     ]
     if z.gpt:
-        views = packed.times(("views", 3))
-        steps.append(Step("q, k and v put together", normed, (incoming, views), waits[:3], 3, n + 2 + m, 0))
+        views = packed.times(("views", 3)), z.whole("gradient of queries", "heads/tp x head_dim", q)
+        steps.append(Step("q, k and v put together", normed, (incoming, *views), waits[:3], 3, n + 2 + m, 0))
     entering = (incoming, packed, *entered[-1 - z.gathers :])
     steps.append(Step("the q|k|v projection", normed, entering, waits[:3], 4, n + 2 + m, 1))
     return tuple(steps)

@@ -4,8 +4,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.models.decoder import Part
-from tpformer.planner.activations import Block, Sizes, Step, Terms, block, ends
+from tpformer.planner.activations import Block, Step, Terms, block, ends
 from tpformer.planner.candidate import Candidate
+from tpformer.planner.sizes import Sizes
 from tpformer.planner.terms import Term, term, total
 from tpformer.planner.weights import block_weights
 
@@ -80,6 +81,8 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
     waiting = _below(z, saving, part, count, count + part.first)
     if part.last:
         waiting = (*waiting, *_offloaded(saving, ends(z)["saved"]))
+    elif saving.offload and z.local("", width=z.stream).bytes >= LEAST_OFFLOADED:  # the schedule holds on to it
+        waiting = (*waiting, z.local("the stage's output", width=z.stream))
     moments: list[Moment] = []
     if part.last:
         kept = _below(z, saving, part, count, count + part.first)
@@ -125,7 +128,8 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
     again = _recomputed(saving, part.layers[position])
     for step in found.steps_again if again else found.steps:
         saved = step.saved if not saving.offload else _brought_back(z, found, step, position, again)
-        transient = step.transient[last and not part.last :]  # what arrives from the next stage lies in its buffer
+        arrived = last and not part.last and step.weights <= 2  # it lies in the buffer that it was received into
+        transient = step.transient[arrived:]
         if saving.defers:
             above = count - 1 - position
             transient += (*step.waiting, *(t.times(("blocks", above)) for t in found.waiting if above))
@@ -146,7 +150,8 @@ def _brought_back(z: Sizes, found: Block, step: Step, position: int, again: bool
     if again:
         return (*step.saved, *(stream,) * min(position + 1, 1 + AHEAD))
     before = found.order if position else ()
-    return (*found.order, stream, *before)[step.first : step.first + step.own + AHEAD]
+    count = max(step.own, AHEAD + (step.own > 0))  # one that is asked for is ahead no longer
+    return (*found.order, stream, *before)[step.first : step.first + count]
 
 
 def _positions(saving: Saving, part: Part) -> list[int]:
