@@ -227,7 +227,8 @@ def ends(z: Sizes) -> dict[str, Terms]:
     inputs = (z.local("head's input"), *((z.whole("head's input, gathered", "d", d),) if z.gathers else ()))
     logits = term("logits", ("chunks", buffers), ("tokens", tokens), ("vocabulary/tp", v), ("bytes", z.width))
     work = min(tokens, max(1, CPU_CHUNK // (4 * v))) if z.on_cpu else 0
-    copies = 1 if z.width == 4 else 2
+    # one of the numbers widened, one of their exponentials; of several parts the last one's are there still
+    copies = (1 if z.width == 4 else 2) + (work < tokens)
     scratch = term("softmax", ("tensors", copies), ("tokens", work), ("vocabulary/tp", v), ("bytes", 4))
     numbers = term("numbers a token", ("tokens", n), ("numbers", 13), ("bytes", 4))
     table = _table(z)
