@@ -13,14 +13,16 @@ from tests.distributed import Ranks
 from tests.planner.measured import LEAST, MODELS, SIZES, Measured, candidate, measure
 from tests.proofs.cases import gpt, llama
 from tests.proofs.test_compositions import ROWS
-from tpformer import LlamaConfig, ParallelConfig
+from tpformer import GPTConfig, LlamaConfig, ParallelConfig
 from tpformer.parallel import offload
 from tpformer.parallel.bubble import schedule_order
 from tpformer.parallel.state_bytes import state_bytes
 from tpformer.planner import moments
+from tpformer.planner.activations import block
 from tpformer.planner.alive import alive
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.memory import PARTS, Memory, explain_memory, memory
+from tpformer.planner.sizes import Sizes
 
 COMPILED = [row for row in ROWS if row.parallel.compile]
 """Not measured: on a CPU each operator would be followed, which torch.compile does not allow."""
@@ -172,6 +174,21 @@ def most_alive(actions: Any) -> tuple[int, ...]:
         if sum(now.values()) > sum(most):
             most = tuple(now.values())
     return most
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tp": 8, "sequence_parallel": True}], ids=str)
+def test_published_bytes_of_a_block(parallel: dict[str, Any]) -> None:
+    """34 sbh of arXiv 2205.05198 (equations 1 and 4), less 2 for the masks of dropout, and an fp32 number a query.
+
+    On GPUs in bf16, where each tp rank has its share under sequence parallelism.
+    """
+    s, b, h, heads, tp = 2048, 4, 4096, 32, parallel.get("tp", 1)
+    config = GPTConfig(hidden_size=h, num_heads=heads, max_seq_len=s)
+    case = Candidate(config, ParallelConfig(dp=1, precision="bf16", **parallel), s, b, b)
+    saved = block(Sizes.of(case), "none", ()).saved
+    large = sum(one.bytes for one in saved if "statistics" not in one.name and "log-sum-exp" not in one.name)
+    assert large + (2 + 2) * s * b * h // tp == 34 * s * b * h // tp  # with its input, the stream before it
+    assert sum(one.bytes for one in saved if "log-sum-exp" in one.name) == 4 * s * b * heads // tp
 
 
 LARGE = LlamaConfig(hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, ffn_hidden_size=28672)

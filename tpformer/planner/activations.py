@@ -144,9 +144,8 @@ def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) 
     copies = 1 if z.b == 1 else 2  # of several samples a gathered sequence is put together once more
     dy = (z.whole("gathered gradient", "d", d, copies),) if z.gathers else ()
     gathered = (z.whole("gathered sequence, and sums to be scattered", "d", d, 2 * copies - 1),) if z.gathers else ()
-    # on a CPU gate and up are products of their own
-    entered = (z.whole("input gradient of a column-parallel layer", "d", d, 1 if z.gpt else 2), *gathered)
-    entered = entered if z.on_cpu else (z.whole("input gradient of a column-parallel layer", "d", d), *gathered)
+    products = 2 if z.on_cpu and not z.gpt else 1  # gate's and up's apart
+    entered = (z.whole("input gradient of a column-parallel layer", "d", d, products), *gathered)
     # the activation's output is no longer there, but relu's, which is all that it keeps
     left = _singles(mlp)[1:] if n > 1 else mlp
     times = 2 if z.gpt else 4 if z.on_cpu else 3
@@ -161,7 +160,7 @@ def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) 
     if z.gpt:
         views = packed.times(("views", 3)), z.whole("gradient of queries", "heads/tp x head_dim", q)
         steps.append(Step("q, k and v put together", normed, (incoming, *views), waits[:3], 3, n + 2 + m, 0))
-    entering = (incoming, packed, *entered[-1 - z.gathers :])
+    entering = incoming, packed, z.whole("input gradient of a column-parallel layer", "d", d), *gathered
     steps.append(Step("the q|k|v projection", normed, entering, waits[:3], 4, n + 2 + m, 1))
     return tuple(steps)
 
@@ -212,46 +211,65 @@ def _waiting(z: Sizes) -> Terms:
     )
 
 
+class Ends(NamedTuple):
+    """What a micro-batch takes beside the blocks."""
+
+    embedding: Terms
+    """Kept for its backward."""
+    rotations: Terms
+    """cos and sin of every position, which every block of a forward shares."""
+    softmax: Terms
+    """While the loss's gradient is computed, in forward."""
+    products: Terms
+    """While the head's is."""
+    saved: Terms
+    """What the loss keeps: gradients."""
+    norm: Terms
+    """While the final norm's gradient is computed."""
+    head: Terms
+    """The head's gradient, where it waits for that of the embedding, or for the other ends'."""
+
+
 @lru_cache(maxsize=4096)
-def ends(z: Sizes) -> dict[str, Terms]:
-    """What the embedding keeps, what the loss takes while it runs, what it keeps, and the final norm's backward."""
+def ends(z: Sizes) -> Ends:
+    """What the first and the last stage take beside their blocks."""
     d, n = z.model.hidden_size, z.b * z.s
     v = padded_vocab(z.model.vocab_size, z.tp) // z.tp
-    chunk_bytes = max(LEAST_CHUNK, v * d * z.width)
-    tokens = min(n, max(1, chunk_bytes // (v * z.width)))
+    tokens = min(n, max(1, max(LEAST_CHUNK, v * d * z.width) // (v * z.width)))
     chunked = tokens < n
-    buffers = 2 if z.tp > 1 and chunked else 1
-    of_head = 4 if chunked or z.scaled else z.width
-    head = term("head's gradient", ("vocabulary/tp", v), ("d", d), ("bytes", of_head))
+    wide = chunked or z.scaled  # then the head's gradient is there from the first chunk on, in fp32
+    weight = ("vocabulary/tp", v), ("d", d)
+    head = term("head's gradient", *weight, ("bytes", 4 if wide else z.width))
     states = z.whole("gradient of the head's input", "d", d)
     inputs = (z.local("head's input"), *((z.whole("head's input, gathered", "d", d),) if z.gathers else ()))
-    logits = term("logits", ("chunks", buffers), ("tokens", tokens), ("vocabulary/tp", v), ("bytes", z.width))
-    work = min(tokens, max(1, CPU_CHUNK // (4 * v))) if z.on_cpu else 0
-    # one of the numbers widened, one of their exponentials; of several parts the last one's are there still
-    copies = (1 if z.width == 4 else 2) + (work < tokens)
-    scratch = term("softmax", ("tensors", copies), ("tokens", work), ("vocabulary/tp", v), ("bytes", 4))
+    chunks = ("chunks", 2 if z.tp > 1 and chunked else 1), ("tokens", tokens), ("vocabulary/tp", v), ("bytes", z.width)
     numbers = term("numbers a token", ("tokens", n), ("numbers", 13), ("bytes", 4))
-    table = _table(z)
-    early = chunked or z.scaled
-    softmax = (*inputs, logits, states, numbers, scratch, *((head,) if early else ()))
-    products = (*inputs, logits, states, numbers, head)
-    wide = 2 if z.gpt else 3
-    local = z.local("gradients inside the final norm", (wide if z.width == 4 else wide + 2) if z.on_cpu else 2, width=4)
-    embedded = [z.whole("tokens", "ids", 1, width=8)]
-    if z.tp > 1:
-        embedded.append(z.whole("tokens elsewhere", "flags", 1, width=1))
-    return {
-        "embedding": tuple(embedded),
-        "rotations": table,
-        "softmax": softmax,
-        "products": products,
-        "saved": (states, head),
-        "norm": (states, head, local),
-    }
+    loss = (*inputs, term("logits", *chunks), states, numbers)
+    embedded = (z.whole("tokens", "ids", 1, width=8),)
+    elsewhere = (z.whole("tokens elsewhere", "flags", 1, width=1),) if z.tp > 1 else ()
+    head_dim = ("head_dim", z.model.attention.head_dim)
+    return Ends(
+        embedding=embedded + elsewhere,
+        rotations=() if z.gpt else (term("rotary table", ("s", z.s), head_dim, ("bytes", 4)),),
+        softmax=(*loss, *_softmax(z, tokens, v), *((head,) if wide else ())),
+        products=(*loss, head),
+        saved=(states, head),
+        norm=(states, head, _final_norm(z)),
+        head=(term("head's gradient", *weight, ("bytes", z.width)),),
+    )
 
 
-def _table(z: Sizes) -> Terms:
-    """cos and sin of every position, which every block of a forward shares."""
-    if z.gpt:
+def _softmax(z: Sizes, tokens: int, v: int) -> Terms:
+    """On a CPU: some tokens' numbers, widened, and their exponentials; of several parts the last one's stay as long."""
+    if not z.on_cpu:
         return ()
-    return (term("rotary table", ("s", z.s), ("head_dim", z.model.attention.head_dim), ("bytes", 4)),)
+    some = min(tokens, max(1, CPU_CHUNK // (4 * v)))
+    copies = (1 if z.width == 4 else 2) + (some < tokens)
+    return (term("softmax", ("tensors", copies), ("tokens", some), ("vocabulary/tp", v), ("bytes", 4)),)
+
+
+def _final_norm(z: Sizes) -> Term:
+    """Gradients of its output and input; on a CPU in fp32, and with what its backward widens or multiplies."""
+    if not z.on_cpu:
+        return z.local("gradients inside the final norm", 2, width=z.stream)
+    return z.local("gradients inside the final norm", (2 if z.gpt else 3) + (0 if z.width == 4 else 2), width=4)

@@ -80,14 +80,15 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
     count = len(part.layers)
     waiting = _below(z, saving, part, count, count + part.first)
     if part.last:
-        waiting = (*waiting, *_offloaded(saving, ends(z)["saved"]))
+        waiting = (*waiting, *_offloaded(saving, ends(z).saved))
     elif saving.offload and z.local("", width=z.stream).bytes >= LEAST_OFFLOADED:  # the schedule holds on to it
         waiting = (*waiting, z.local("the stage's output", width=z.stream))
     moments: list[Moment] = []
     if part.last:
         kept = _below(z, saving, part, count, count + part.first)
-        names = {"softmax": "the loss's gradient", "products": "the head's gradient", "norm": "the final norm"}
-        moments = [_moment(name, kept, ends(z)[key], count) for key, name in names.items()]
+        end = ends(z)
+        named = {"the loss's gradient": end.softmax, "the head's gradient": end.products, "the final norm": end.norm}
+        moments = [_moment(name, kept, transient, count) for name, transient in named.items()]
     for position in _positions(saving, part):
         moments += _backward(z, saving, part, position)
     deferred = block(z, saving.recompute, saving.modules).waiting if saving.defers else ()
@@ -137,7 +138,7 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
             weight = order[step.weights - 1].numbers()
             transient += (term("gradient of a weight", ("parameters", weight), ("bytes", z.width)),)
         if part.last and (saving.sharded or (part.first and z.model.tie_embeddings)):  # until the embedding's own
-            transient += ends(z)["saved"][1:]
+            transient += ends(z).head
         done = sum(weight.numbers() for weight in order[: step.weights])
         name = f"backward of block {part.layers[position]}, {step.name}"
         moments.append(_moment(name, (*below, *saved), transient, position, done))
@@ -175,7 +176,7 @@ def _below(z: Sizes, saving: Saving, part: Part, blocks: int, streams: int) -> T
     if streams:
         terms.append(z.local("residual stream between blocks", width=z.stream).times(("blocks", streams)))
     kept = _offloaded(saving, tuple(terms))
-    return (*kept, *ends(z)["rotations"], *(ends(z)["embedding"] if part.first else ()))
+    return (*kept, *ends(z).rotations, *(ends(z).embedding if part.first else ()))
 
 
 def _offloaded(saving: Saving, terms: Terms) -> Terms:
