@@ -5,93 +5,18 @@ what lives at the few moments of a step at which most can be alive. Dropout coun
 Source of the count by hand: arXiv 2205.05198, section 4 (34 sbh bytes a block, of which 5as²/h are never stored here).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.layers.embedding import padded_vocab
 from tpformer.layers.linear_cross_entropy import LEAST_CHUNK
-from tpformer.models.gpt import GPTConfig
-from tpformer.planner.candidate import Candidate, ModelConfig
+from tpformer.planner.sizes import Sizes
 from tpformer.planner.terms import Term, term
 
 Terms = tuple[Term, ...]
 QKV = "(heads + 2 kv_heads)/tp x head_dim"
 CPU_CHUNK = 1 << 20
 """Bytes of fp32 that the loss's reference works on at a time, on a CPU."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The shapes of one micro-batch on one rank."""
-
-    model: ModelConfig
-    b: int
-    s: int
-    tp: int
-    gathers: bool
-    """Sequence parallelism over more than one rank."""
-    width: int
-    """Bytes of a number that the model computes in."""
-    stream: int
-    """Bytes of a number of the residual stream."""
-    scaled: bool
-    """fp16."""
-    on_cpu: bool
-
-    @staticmethod
-    def of(candidate: Candidate) -> "Sizes":
-        """A candidate's."""
-        p, width = candidate.parallel, candidate.width
-        return Sizes(
-            candidate.model,
-            candidate.micro_batch_size,
-            candidate.seq_len,
-            p.tp,
-            p.sequence_parallel and p.tp > 1,
-            width,
-            4 if p.fp32_residual else width,
-            p.precision == "fp16",
-            candidate.on_cpu,
-        )
-
-    @property
-    def gpt(self) -> bool:
-        """LayerNorm, biases and learned positions."""
-        return isinstance(self.model, GPTConfig)
-
-    @property
-    def heads(self) -> int:
-        """Query heads of the rank."""
-        return self.model.attention.num_heads // self.tp
-
-    @property
-    def kv_heads(self) -> int:
-        """Key heads of the rank; a copy of one where there are more ranks."""
-        return max(1, self.model.attention.num_kv_heads // self.tp)
-
-    @property
-    def ffn(self) -> int:
-        """Inner features of the rank's MLP."""
-        model = self.model
-        return (model.ffn_size if isinstance(model, GPTConfig) else model.ffn_hidden_size) // self.tp
-
-    @property
-    def expands(self) -> bool:
-        """Keys and values are repeated for each query head: on a CPU, where torch's kernel is the faster for it."""
-        return self.on_cpu and self.heads != self.kv_heads
-
-    def whole(self, name: str, label: str, features: int, count: int = 1, width: int = 0) -> Term:
-        """(b, s, features), `count` times."""
-        several = (("tensors", count),) if count > 1 else ()
-        return term(name, *several, ("b", self.b), ("s", self.s), (label, features), ("bytes", width or self.width))
-
-    def local(self, name: str, count: int = 1, width: int = 0) -> Term:
-        """(b, s, d) or, under sequence parallelism, (b, s/tp, d), `count` times."""
-        length = ("s/tp", self.s // self.tp) if self.gathers else ("s", self.s)
-        several = (("tensors", count),) if count > 1 else ()
-        d = ("d", self.model.hidden_size)
-        return term(name, *several, ("b", self.b), length, d, ("bytes", width or self.width))
 
 
 class Step(NamedTuple):
@@ -213,29 +138,29 @@ def _steps(z: Sizes, norms: Terms, before: Terms, attention: Terms, mlp: Terms) 
     d, a = z.model.hidden_size, z.model.attention
     q, kv = z.heads * a.head_dim, z.kv_heads * a.head_dim
     inner = 1 if z.gpt else 2  # what the first matmul of an MLP gives
+    n, m = len(_singles(mlp)), len(_singles(attention))
     normed = (z.local("first norm's output"),)
     incoming = z.local("gradient of the residual stream", width=z.stream)
     copies = 1 if z.b == 1 else 2  # of several samples a gathered sequence is put together once more
     dy = (z.whole("gathered gradient", "d", d, copies),) if z.gathers else ()
     gathered = (z.whole("gathered sequence, and sums to be scattered", "d", d, 2 * copies - 1),) if z.gathers else ()
-    # on a CPU gate and up are products of their own
-    entered = (z.whole("input gradient of a column-parallel layer", "d", d, 1 if z.gpt else 2), *gathered)
-    entered = entered if z.on_cpu else (z.whole("input gradient of a column-parallel layer", "d", d), *gathered)
-    # of the activation's three or four, one lies where its output was
-    times = 1 if z.gpt else 3 if z.on_cpu else 2
+    products = 2 if z.on_cpu and not z.gpt else 1  # gate's and up's apart
+    entered = (z.whole("input gradient of a column-parallel layer", "d", d, products), *gathered)
+    # the activation's output is no longer there, but relu's, which is all that it keeps
+    left = _singles(mlp)[1:] if n > 1 else mlp
+    times = 2 if z.gpt else 4 if z.on_cpu else 3
     waits = _waiting(z)
     packed = z.whole("gradient of q|k|v", QKV, q + 2 * kv)
-    n, m = len(_singles(mlp)), len(_singles(attention))
     steps = [
         Step("the MLP's second matmul", (*norms, *before, *mlp), (incoming, *dy, _ffn(z, 1)), (), 1, 0, 1),
-        Step("the MLP's activation", (*norms, *before, *mlp), (incoming, _ffn(z, times)), waits[:1], 1, n > 1, inner),
+        Step("the MLP's activation", (*norms, *before, *left), (incoming, _ffn(z, times)), waits[:1], 1, n > 1, inner),
         Step("the MLP's first matmul", (*norms, *before), (incoming, _ffn(z, inner), *entered), waits[:1], 2, n, 1),
         Step("attention", (*normed, *attention), (incoming, *_core(z, q, kv)), waits[:2], 3, n + 2, m),
     ]
     if z.gpt:
-        views = packed.times(("views", 3))
-        steps.append(Step("q, k and v put together", normed, (incoming, views), waits[:3], 3, n + 2 + m, 0))
-    entering = (incoming, packed, *entered[-1 - z.gathers :])
+        views = packed.times(("views", 3)), z.whole("gradient of queries", "heads/tp x head_dim", q)
+        steps.append(Step("q, k and v put together", normed, (incoming, *views), waits[:3], 3, n + 2 + m, 0))
+    entering = incoming, packed, z.whole("input gradient of a column-parallel layer", "d", d), *gathered
     steps.append(Step("the q|k|v projection", normed, entering, waits[:3], 4, n + 2 + m, 1))
     return tuple(steps)
 
@@ -286,45 +211,65 @@ def _waiting(z: Sizes) -> Terms:
     )
 
 
+class Ends(NamedTuple):
+    """What a micro-batch takes beside the blocks."""
+
+    embedding: Terms
+    """Kept for its backward."""
+    rotations: Terms
+    """cos and sin of every position, which every block of a forward shares."""
+    softmax: Terms
+    """While the loss's gradient is computed, in forward."""
+    products: Terms
+    """While the head's is."""
+    saved: Terms
+    """What the loss keeps: gradients."""
+    norm: Terms
+    """While the final norm's gradient is computed."""
+    head: Terms
+    """The head's gradient, where it waits for that of the embedding, or for the other ends'."""
+
+
 @lru_cache(maxsize=4096)
-def ends(z: Sizes) -> dict[str, Terms]:
-    """What the embedding keeps, what the loss takes while it runs, what it keeps, and the final norm's backward."""
+def ends(z: Sizes) -> Ends:
+    """What the first and the last stage take beside their blocks."""
     d, n = z.model.hidden_size, z.b * z.s
     v = padded_vocab(z.model.vocab_size, z.tp) // z.tp
-    chunk_bytes = max(LEAST_CHUNK, v * d * z.width)
-    tokens = min(n, max(1, chunk_bytes // (v * z.width)))
+    tokens = min(n, max(1, max(LEAST_CHUNK, v * d * z.width) // (v * z.width)))
     chunked = tokens < n
-    buffers = 2 if z.tp > 1 and chunked else 1
-    of_head = 4 if chunked or z.scaled else z.width
-    head = term("head's gradient", ("vocabulary/tp", v), ("d", d), ("bytes", of_head))
+    wide = chunked or z.scaled  # then the head's gradient is there from the first chunk on, in fp32
+    weight = ("vocabulary/tp", v), ("d", d)
+    head = term("head's gradient", *weight, ("bytes", 4 if wide else z.width))
     states = z.whole("gradient of the head's input", "d", d)
     inputs = (z.local("head's input"), *((z.whole("head's input, gathered", "d", d),) if z.gathers else ()))
-    logits = term("logits", ("chunks", buffers), ("tokens", tokens), ("vocabulary/tp", v), ("bytes", z.width))
-    work = min(tokens, max(1, CPU_CHUNK // (4 * v))) if z.on_cpu else 0
-    copies = 1 if z.width == 4 else 2
-    scratch = term("softmax", ("tensors", copies), ("tokens", work), ("vocabulary/tp", v), ("bytes", 4))
+    chunks = ("chunks", 2 if z.tp > 1 and chunked else 1), ("tokens", tokens), ("vocabulary/tp", v), ("bytes", z.width)
     numbers = term("numbers a token", ("tokens", n), ("numbers", 13), ("bytes", 4))
-    table = _table(z)
-    early = chunked or z.scaled
-    softmax = (*inputs, logits, states, numbers, scratch, *((head,) if early else ()))
-    products = (*inputs, logits, states, numbers, head)
-    wide = 2 if z.gpt else 3
-    local = z.local("gradients inside the final norm", (wide if z.width == 4 else wide + 2) if z.on_cpu else 2, width=4)
-    embedded = [z.whole("tokens", "ids", 1, width=8)]
-    if z.tp > 1:
-        embedded.append(z.whole("tokens elsewhere", "flags", 1, width=1))
-    return {
-        "embedding": tuple(embedded),
-        "rotations": table,
-        "softmax": softmax,
-        "products": products,
-        "saved": (states, head),
-        "norm": (states, head, local),
-    }
+    loss = (*inputs, term("logits", *chunks), states, numbers)
+    embedded = (z.whole("tokens", "ids", 1, width=8),)
+    elsewhere = (z.whole("tokens elsewhere", "flags", 1, width=1),) if z.tp > 1 else ()
+    head_dim = ("head_dim", z.model.attention.head_dim)
+    return Ends(
+        embedding=embedded + elsewhere,
+        rotations=() if z.gpt else (term("rotary table", ("s", z.s), head_dim, ("bytes", 4)),),
+        softmax=(*loss, *_softmax(z, tokens, v), *((head,) if wide else ())),
+        products=(*loss, head),
+        saved=(states, head),
+        norm=(states, head, _final_norm(z)),
+        head=(term("head's gradient", *weight, ("bytes", z.width)),),
+    )
 
 
-def _table(z: Sizes) -> Terms:
-    """cos and sin of every position, which every block of a forward shares."""
-    if z.gpt:
+def _softmax(z: Sizes, tokens: int, v: int) -> Terms:
+    """On a CPU: some tokens' numbers, widened, and their exponentials; of several parts the last one's stay as long."""
+    if not z.on_cpu:
         return ()
-    return (term("rotary table", ("s", z.s), ("head_dim", z.model.attention.head_dim), ("bytes", 4)),)
+    some = min(tokens, max(1, CPU_CHUNK // (4 * v)))
+    copies = (1 if z.width == 4 else 2) + (some < tokens)
+    return (term("softmax", ("tensors", copies), ("tokens", some), ("vocabulary/tp", v), ("bytes", 4)),)
+
+
+def _final_norm(z: Sizes) -> Term:
+    """Gradients of its output and input; on a CPU in fp32, and with what its backward widens or multiplies."""
+    if not z.on_cpu:
+        return z.local("gradients inside the final norm", 2, width=z.stream)
+    return z.local("gradients inside the final norm", (2 if z.gpt else 3) + (0 if z.width == 4 else 2), width=4)

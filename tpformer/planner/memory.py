@@ -7,10 +7,11 @@ from typing import NamedTuple
 from tpformer.models.decoder import Part
 from tpformer.parallel.split import part_of, stage_parts, stages_of
 from tpformer.parallel_config import V_SHAPED, ParallelConfig
-from tpformer.planner.activations import Sizes, Terms
+from tpformer.planner.activations import Terms
 from tpformer.planner.alive import alive, at_the_end, put_off
 from tpformer.planner.candidate import Candidate, ModelConfig
 from tpformer.planner.moments import Moment, Saving, StageMoments, stage_moments
+from tpformer.planner.sizes import Sizes
 from tpformer.planner.state import ModelState, Row
 from tpformer.planner.terms import term, total
 

@@ -4,8 +4,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tpformer.models.decoder import Part
-from tpformer.planner.activations import Block, Sizes, Step, Terms, block, ends
+from tpformer.planner.activations import Block, Step, Terms, block, ends
 from tpformer.planner.candidate import Candidate
+from tpformer.planner.sizes import Sizes
 from tpformer.planner.terms import Term, term, total
 from tpformer.planner.weights import block_weights
 
@@ -79,12 +80,15 @@ def stage_moments(z: Sizes, saving: Saving, part: Part) -> StageMoments:
     count = len(part.layers)
     waiting = _below(z, saving, part, count, count + part.first)
     if part.last:
-        waiting = (*waiting, *_offloaded(saving, ends(z)["saved"]))
+        waiting = (*waiting, *_offloaded(saving, ends(z).saved))
+    elif saving.offload and z.local("", width=z.stream).bytes >= LEAST_OFFLOADED:  # the schedule holds on to it
+        waiting = (*waiting, z.local("the stage's output", width=z.stream))
     moments: list[Moment] = []
     if part.last:
         kept = _below(z, saving, part, count, count + part.first)
-        names = {"softmax": "the loss's gradient", "products": "the head's gradient", "norm": "the final norm"}
-        moments = [_moment(name, kept, ends(z)[key], count) for key, name in names.items()]
+        end = ends(z)
+        named = {"the loss's gradient": end.softmax, "the head's gradient": end.products, "the final norm": end.norm}
+        moments = [_moment(name, kept, transient, count) for name, transient in named.items()]
     for position in _positions(saving, part):
         moments += _backward(z, saving, part, position)
     deferred = block(z, saving.recompute, saving.modules).waiting if saving.defers else ()
@@ -125,7 +129,8 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
     again = _recomputed(saving, part.layers[position])
     for step in found.steps_again if again else found.steps:
         saved = step.saved if not saving.offload else _brought_back(z, found, step, position, again)
-        transient = step.transient[last and not part.last :]  # what arrives from the next stage lies in its buffer
+        arrived = last and not part.last and step.weights <= 2  # it lies in the buffer that it was received into
+        transient = step.transient[arrived:]
         if saving.defers:
             above = count - 1 - position
             transient += (*step.waiting, *(t.times(("blocks", above)) for t in found.waiting if above))
@@ -133,7 +138,7 @@ def _backward(z: Sizes, saving: Saving, part: Part, position: int) -> list[Momen
             weight = order[step.weights - 1].numbers()
             transient += (term("gradient of a weight", ("parameters", weight), ("bytes", z.width)),)
         if part.last and (saving.sharded or (part.first and z.model.tie_embeddings)):  # until the embedding's own
-            transient += ends(z)["saved"][1:]
+            transient += ends(z).head
         done = sum(weight.numbers() for weight in order[: step.weights])
         name = f"backward of block {part.layers[position]}, {step.name}"
         moments.append(_moment(name, (*below, *saved), transient, position, done))
@@ -146,7 +151,8 @@ def _brought_back(z: Sizes, found: Block, step: Step, position: int, again: bool
     if again:
         return (*step.saved, *(stream,) * min(position + 1, 1 + AHEAD))
     before = found.order if position else ()
-    return (*found.order, stream, *before)[step.first : step.first + step.own + AHEAD]
+    count = max(step.own, AHEAD + (step.own > 0))  # one that is asked for is ahead no longer
+    return (*found.order, stream, *before)[step.first : step.first + count]
 
 
 def _positions(saving: Saving, part: Part) -> list[int]:
@@ -170,7 +176,7 @@ def _below(z: Sizes, saving: Saving, part: Part, blocks: int, streams: int) -> T
     if streams:
         terms.append(z.local("residual stream between blocks", width=z.stream).times(("blocks", streams)))
     kept = _offloaded(saving, tuple(terms))
-    return (*kept, *ends(z)["rotations"], *(ends(z)["embedding"] if part.first else ()))
+    return (*kept, *ends(z).rotations, *(ends(z).embedding if part.first else ()))
 
 
 def _offloaded(saving: Saving, terms: Terms) -> Terms:
