@@ -63,9 +63,9 @@ def measure(case: Candidate) -> Measured:
         )
     state = () if case.parallel.offload_optimizer else built.optimizer.state().values()
     report = memory_report(peak, built.model.parameters(), built.gradients.buffers(), state)
-    found = {name: getattr(report, name) for name in ("parameters", "gradients", "optimizer")}
+    lasting = {name: getattr(report, name) for name in ("parameters", "gradients", "optimizer")}
     total = held - sum(_host_state(case, built)) + report.activations
-    return found | {"the rest": total - sum(found.values()), "the total": total}
+    return lasting | {"the rest": total - sum(lasting.values()), "the total": total}
 
 
 def _measured(step: Callable[[], object], built: Training, before: set[int]) -> tuple[int, MemoryPeak]:

@@ -104,7 +104,8 @@ def memory(candidate: Candidate, pp_rank: int = 0, tp_rank: int = 0) -> Memory:
 
     Parameters, gradients and optimizer state are exact. Activations are what the layers' Functions save and what the
     moment of their backward takes; a GPU's allocator rounds each tensor up and keeps what it has freed, torch's
-    libraries have workspaces of their own, and of what one operator takes for itself nothing is counted.
+    libraries have workspaces of their own, and of what one operator takes for itself nothing is counted. Dropout counts
+    as 0, a compiled block as one that is not, and matmuls as if they took turns with their communication.
     Where replicas share rows out, the one that has most is counted. tp_rank: all have the same.
     Raises ValueError for a rank that the layout has not.
     """
