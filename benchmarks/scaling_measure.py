@@ -148,6 +148,7 @@ def _look_at(found: list[Measured], alive: dict[int, Running], say: Say) -> None
             measured.first_norm = next((a["first_norm"] for a in answers if a["first_norm"] is not None), None)
             measured.communication = [answer["communication"] for answer in running.ask("trace")]
             measured.peak_bytes = [answer["peak_bytes"] for answer in running.ask("memory")]
+            say(f"{measured.job.label} has been looked at")
 
 
 def _end_strangers(found: list[Measured], alive: dict[int, Running], say: Say) -> None:

@@ -75,11 +75,11 @@ def _megatron(*shapes: tuple[int, int, int]) -> dict[int, Model]:
 
 def _cpu_small() -> Preset:
     """The head is worth a block, so that blocks and head fall evenly on 2 and on 4 pipeline stages."""
-    model = _llama(512, 7, 8, 4, 1408, vocab=5760, seq=128)
+    model = _llama(384, 7, 8, 4, 1024, vocab=4224, seq=128)
     grown: dict[int, Model] = {
         1: model,
-        2: _llama(704, 7, 8, 4, 1936, vocab=5760, seq=128),
-        4: _llama(1024, 7, 8, 4, 2816, vocab=5760, seq=128),
+        2: _llama(544, 7, 8, 4, 1456, vocab=4224, seq=128),
+        4: _llama(768, 7, 8, 4, 2048, vocab=4224, seq=128),
     }
     return Preset(model, grown, batch=8, degrees=(1, 2, 4), head_blocks=1)
 
