@@ -44,7 +44,10 @@ def test_a_stage_has_its_layers_only() -> None:
     config = VARIANTS["gpt-tied"]
     stages = [accounting(config, ParallelConfig(pp=2), pp_rank=rank) for rank in range(2)]
     names = [[layer.name for layer in stage.layers] for stage in stages]
-    assert names == [["block 0", "embedding.weight", "position.weight"], ["block 1", "embedding.weight", "norm"]]
+    assert names == [
+        ["block 0", "embedding.weight", "position.weight"],
+        ["block 1", "embedding.weight", "norm.weight", "norm.bias"],
+    ]
 
 
 def test_bytes_of_a_parameter() -> None:
@@ -109,9 +112,9 @@ def test_one_that_was_counted_twice_is_seen() -> None:
 
 
 def test_the_table() -> None:
-    """A line a layer, and one a recipe with the MiB of each mode."""
+    """A line a layer, blocks that are alike together, and one a recipe with the MiB of each mode."""
     text = str(accounting(VARIANTS["gpt-tied"], ParallelConfig(tp=2), shards=2))
-    assert len(text.splitlines()) == 1 + 5 + 1 + 1 + 2 + len(RECIPES)
+    assert len(text.splitlines()) == 1 + 4 + 1 + 1 + 2 + len(RECIPES)
     assert "replicate     zero2 / 2      fsdp / 2" in text
     assert "AdamW        fp32       tpformer " in text
     assert "AdamW        both       to compare" in text

@@ -37,11 +37,11 @@ def test_every_parameter_has_its_shape_and_its_place(name: str, tp: int) -> None
     case = candidate(MODELS[name], tp)
     for first, last in ENDS:
         model = built(MODELS[name], Mesh(tp=Axis("tp", tp)), first, last)
-        before, after = end_shapes(case, first, last)
-        blocks = [(f"blocks.{i}.{n}", shape) for i in (0, 1) for n, shape in block_shapes(case).items()]
+        before, after = end_shapes(case.model, tp, first, last)
+        blocks = [(f"blocks.{i}.{n}", shape) for i in (0, 1) for n, shape in block_shapes(case.model, tp).items()]
         expected = [*before.items(), *blocks, *after.items()]
         assert [(n, tuple(p.shape)) for n, p in model.named_parameters()] == expected
-        total = 2 * count(block_shapes(case)) + count(before) + count(after)
+        total = 2 * count(block_shapes(case.model, tp)) + count(before) + count(after)
         assert sum(p.numel() for p in model.parameters()) == total
 
 

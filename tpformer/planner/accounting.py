@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from tpformer.models.decoder import Part
 from tpformer.parallel.split import part_of, stage_parts
 from tpformer.parallel.state_bytes import state_bytes
 from tpformer.parallel_config import DataParallel, ParallelConfig, Precision
@@ -109,11 +110,18 @@ def accounting(
     if isinstance(model, nn.Module):
         return Accounting(tuple(_of_module(model, shards)), shards)
     part = part_of(pp_rank, stage_parts(model, parallel, model.max_seq_len), parallel)
-    groups = {f"block {layer}": block_weights(model, parallel.tp) for layer in part.layers}
-    groups |= {one.name: (one,) for one in end_weights(model, parallel.tp, part.first, part.last)}
-    whole = {f"block {layer}": block_weights(model, 1) for layer in part.layers}
-    whole |= {one.name: (_unpadded(one, model),) for one in end_weights(model, 1, part.first, part.last)}
-    return Accounting(tuple(_layer(name, group, whole[name], shards) for name, group in groups.items()), shards)
+    here, alone = _of_config(model, part, parallel.tp), _of_config(model, part, 1)
+    whole = {name: tuple(_unpadded(one, model) for one in group) for name, group in alone.items()}
+    return Accounting(tuple(_layer(name, here[name], whole[name], shards) for name in here), shards)
+
+
+def _of_config(model: ModelConfig, part: Part, tp: int) -> dict[str, tuple[Weight, ...]]:
+    """The parameters of each block and of the ends, there by what has them."""
+    found = {f"block {layer}": block_weights(model, tp) for layer in part.layers}
+    for one in end_weights(model, tp, part.first, part.last):
+        name = "norm" if one.name.startswith("norm.") else one.name
+        found[name] = (*found.get(name, ()), one)
+    return found
 
 
 def _layer(name: str, local: tuple[Weight, ...], whole: tuple[Weight, ...], shards: int) -> Layer:
@@ -158,11 +166,18 @@ def _group(module: nn.Module, name: str) -> str:
 
 
 def _layer_table(found: Accounting) -> str:
-    width = max(len(one.name) for one in found.layers)
-    lines = [f"{'parameters':{width}}{'whole':>17}{'on this rank':>17}{'trainable':>17}"]
-    lines += [f"{one.name:{width}}{one.whole:17,}{one.local:17,}{one.trainable:17,}" for one in found.layers]
+    """A line a layer; neighbours that differ by their number only share one."""
+    shown: list[tuple[str, Layer]] = []
+    for one in found.layers:
+        if shown and replace(shown[-1][1], name="") == replace(one, name="") and one.name[-1].isdigit():
+            shown[-1] = f"{shown[-1][0].split(' to ')[0]} to {one.name.split()[-1]}", one
+        else:
+            shown.append((one.name, one))
+    width = max(19, *(len(name) for name, _ in shown))
+    lines = [f"{'parameters, of each':{width}}{'whole':>17}{'on this rank':>17}{'trainable':>17}"]
+    lines += [f"{name:{width}}{one.whole:17,}{one.local:17,}{one.trainable:17,}" for name, one in shown]
     sums = (sum(getattr(one, name) for one in found.layers) for name in ("whole", "local", "trainable"))
-    return "\n".join([*lines, f"{'all':{width}}" + "".join(f"{number:17,}" for number in sums)])
+    return "\n".join([*lines, f"{'all together':{width}}" + "".join(f"{number:17,}" for number in sums)])
 
 
 def _recipe_table(found: Accounting) -> str:

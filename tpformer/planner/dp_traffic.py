@@ -35,8 +35,11 @@ def _bucketed(candidate: Candidate, share: Share) -> list[Traffic]:
         factors = ("numbers", size), ("bytes", 4)
         return Traffic("all_reduce", "dp", "float32", phase, "gradient bucket", hidden, factors, (("buckets", number),))
 
-    before, after = end_shapes(candidate, share.first, share.last)
-    sizes = tuple(tuple(map(prod, shapes.values())) for shapes in (before, block_shapes(candidate), after))
+    before, after = end_shapes(candidate.model, candidate.parallel.tp, share.first, share.last)
+    sizes = tuple(
+        tuple(map(prod, shapes.values()))
+        for shapes in (before, block_shapes(candidate.model, candidate.parallel.tp), after)
+    )
     return [row(*kind) for kind in _kinds(sizes, share.blocks, _by_hooks(candidate, share), BUCKET_BYTES)]
 
 
@@ -51,8 +54,8 @@ def _by_hooks(candidate: Candidate, share: Share) -> int | None:
         return None
     if p.pp_schedule != "dualpipev" or not share.last:
         return 0
-    _, after = end_shapes(candidate, False, True)
-    return count(after) + share.stages[-1][0] * count(block_shapes(candidate))
+    _, after = end_shapes(candidate.model, candidate.parallel.tp, False, True)
+    return count(after) + share.stages[-1][0] * count(block_shapes(candidate.model, candidate.parallel.tp))
 
 
 @lru_cache(maxsize=4096)
@@ -86,9 +89,16 @@ def _sharded(candidate: Candidate, share: Share, pp_rank: int) -> list[Traffic]:
     shards = candidate.shards
     times = _gathers(candidate, pp_rank)
     again = sum(number * blocks for number, (blocks, _, _) in zip(times, share.stages, strict=True))
-    found = _unit(candidate, "a block's", padded(block_shapes(candidate), shards), share.blocks, again, block=True)
+    found = _unit(
+        candidate,
+        "a block's",
+        padded(block_shapes(candidate.model, candidate.parallel.tp), shards),
+        share.blocks,
+        again,
+        block=True,
+    )
     for number, (_, first, last) in zip(times, share.stages, strict=True):
-        before, after = end_shapes(candidate, first, last)
+        before, after = end_shapes(candidate.model, candidate.parallel.tp, first, last)
         both = padded(before, shards) + padded(after, shards)
         if both:
             found += _unit(candidate, f"the {_name(first, last)}'s", both, 1, number)

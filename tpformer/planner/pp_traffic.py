@@ -33,7 +33,7 @@ def _tied(candidate: Candidate, share: Share, dp_rank: int) -> list[Traffic]:
     """The first and the last stage exchange the gradient of their embedding: of it, the rows that a replica has."""
     if not share.tied_peer:
         return []
-    rows, width = end_shapes(candidate, share.first, share.last)[0]["embedding.weight"]
+    rows, width = end_shapes(candidate.model, candidate.parallel.tp, share.first, share.last)[0]["embedding.weight"]
     size, shard = -(-rows // candidate.shards), dp_rank % candidate.shards
     mine = min(rows, (shard + 1) * size) - min(rows, shard * size)
     factors = ("rows", mine), ("d", width), ("bytes", 4)

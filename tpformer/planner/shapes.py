@@ -1,6 +1,5 @@
 """The tp-local shape of every parameter, in closed form, in the order in which the models register them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -8,9 +7,9 @@ from types import MappingProxyType
 
 from tpformer.layers.embedding import padded_vocab
 from tpformer.models.gpt import GPTConfig
-from tpformer.planner.candidate import Candidate, ModelConfig
+from tpformer.planner.candidate import ModelConfig
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = MappingProxyType[str, tuple[int, ...]]
 """Parameters by name, those of a block as below the block."""
 
 
@@ -31,49 +30,9 @@ class Copied:
     """How many ranks hold other rows than their peers: 1 if all hold the same."""
 
 
-def block_shapes(candidate: Candidate) -> Shapes:
-    """Of one block. Raises ValueError for widths that tp does not divide."""
-    return _block(candidate.model, candidate.parallel.tp)
-
-
-def end_shapes(candidate: Candidate, first: bool, last: bool) -> tuple[Shapes, Shapes]:
-    """Of what comes before the blocks and of what comes after them, on a process that has the first, the last stage.
-
-    Raises ValueError for a vocabulary that tp does not divide.
-    """
-    return _ends(candidate.model, candidate.parallel.tp, first, last)
-
-
 @lru_cache(maxsize=1024)
-def block_copies(model: ModelConfig, tp: int, sequence_parallel: bool) -> tuple[Copied, ...]:
-    """Of one block: what `placement.sum_partial` sums over tp; none where tp is 1."""
-    a, found = model.attention, []
-    for name, shape in _block(model, tp).items() if tp > 1 else ():
-        if ".qkv." in name:
-            if a.num_kv_heads < tp:  # the key and value rows, which come after the queries'
-                rows = 2 * a.head_dim
-                found.append(Copied(name, shape[0], shape[0] - rows, rows, prod(shape[1:]), a.num_kv_heads))
-        elif "q_norm" in name or "k_norm" in name or (sequence_parallel and len(shape) == 1 and ".up." not in name):
-            found.append(_whole(name, shape))
-    return tuple(found)
-
-
-@lru_cache(maxsize=1024)
-def end_copies(model: ModelConfig, tp: int, sequence_parallel: bool, first: bool, last: bool) -> tuple[Copied, ...]:
-    """The same of both ends: under sequence parallelism what is no slice of the vocabulary."""
-    if tp == 1 or not sequence_parallel:
-        return ()
-    both = [item for shapes in _ends(model, tp, first, last) for item in shapes.items()]
-    return tuple(_whole(name, shape) for name, shape in both if name not in ("embedding.weight", "head.weight"))
-
-
-def count(shapes: Shapes) -> int:
-    """Parameters of them all."""
-    return sum(map(prod, shapes.values()))
-
-
-@lru_cache(maxsize=1024)
-def _block(model: ModelConfig, tp: int) -> Shapes:
+def block_shapes(model: ModelConfig, tp: int) -> Shapes:
+    """Of one block, whose sizes tp divides."""
     gpt, a, d = isinstance(model, GPTConfig), model.attention, model.hidden_size
     ffn = model.ffn_size if isinstance(model, GPTConfig) else model.ffn_hidden_size
     heads = a.num_heads // tp * a.head_dim
@@ -99,7 +58,11 @@ def _block(model: ModelConfig, tp: int) -> Shapes:
 
 
 @lru_cache(maxsize=1024)
-def _ends(model: ModelConfig, tp: int, first: bool, last: bool) -> tuple[Shapes, Shapes]:
+def end_shapes(model: ModelConfig, tp: int, first: bool, last: bool) -> tuple[Shapes, Shapes]:
+    """Of what comes before the blocks and of what comes after them, on a process that has the first, the last stage.
+
+    Raises ValueError for a vocabulary that tp does not divide.
+    """
     d, vocabulary = model.hidden_size, padded_vocab(model.vocab_size, tp) // tp
     before: dict[str, tuple[int, ...]] = {}
     after: dict[str, tuple[int, ...]] = {}
@@ -114,6 +77,34 @@ def _ends(model: ModelConfig, tp: int, first: bool, last: bool) -> tuple[Shapes,
         if not model.tie_embeddings:
             after["head.weight"] = (vocabulary, d)
     return MappingProxyType(before), MappingProxyType(after)
+
+
+def count(shapes: Shapes) -> int:
+    """Parameters of them all."""
+    return sum(map(prod, shapes.values()))
+
+
+@lru_cache(maxsize=1024)
+def block_copies(model: ModelConfig, tp: int, sequence_parallel: bool) -> tuple[Copied, ...]:
+    """Of one block: what `placement.sum_partial` sums over tp; none where tp is 1."""
+    a, found = model.attention, []
+    for name, shape in block_shapes(model, tp).items() if tp > 1 else ():
+        if ".qkv." in name:
+            if a.num_kv_heads < tp:  # the key and value rows, which come after the queries'
+                rows = 2 * a.head_dim
+                found.append(Copied(name, shape[0], shape[0] - rows, rows, prod(shape[1:]), a.num_kv_heads))
+        elif "q_norm" in name or "k_norm" in name or (sequence_parallel and len(shape) == 1 and ".up." not in name):
+            found.append(_whole(name, shape))
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def end_copies(model: ModelConfig, tp: int, sequence_parallel: bool, first: bool, last: bool) -> tuple[Copied, ...]:
+    """The same of both ends: under sequence parallelism what is no slice of the vocabulary."""
+    if tp == 1 or not sequence_parallel:
+        return ()
+    both = [item for shapes in end_shapes(model, tp, first, last) for item in shapes.items()]
+    return tuple(_whole(name, shape) for name, shape in both if name not in ("embedding.weight", "head.weight"))
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Copied:

@@ -57,8 +57,10 @@ def step_traffic(candidate: Candidate, pp_rank: int = 0, *, dp_rank: int = 0) ->
     width = 4 if p.fp32_residual else WIDTHS[DTYPES[p.precision]]
     tokens = candidate.micro_batch_size * candidate.seq_len // (p.tp if p.sequence_parallel else 1)
     stream = tokens * candidate.model.hidden_size * width
-    before, after = (count(shapes) for shapes in end_shapes(candidate, share.first, share.last))
-    block, plain = count(block_shapes(candidate)), share.blocks - share.recomputed
+    before, after = (
+        count(shapes) for shapes in end_shapes(candidate.model, candidate.parallel.tp, share.first, share.last)
+    )
+    block, plain = count(block_shapes(candidate.model, candidate.parallel.tp)), share.blocks - share.recomputed
 
     def layer(name: str, alike: int, parameters: int, output: int, part: Share) -> LayerTraffic:
         sends = tuple(layers_traffic(candidate, part))

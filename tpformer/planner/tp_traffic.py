@@ -117,7 +117,7 @@ def _whole(dtype: str, sizes: tuple[int, ...]) -> Factors:
 
 def _statistics(candidate: Candidate) -> list[Traffic]:
     """Of the fused loss, a chunk of tokens after another: `linear_cross_entropy` computes the next one meanwhile."""
-    p, (before, after) = candidate.parallel, end_shapes(candidate, False, True)
+    p, (before, after) = candidate.parallel, end_shapes(candidate.model, candidate.parallel.tp, False, True)
     rows, width = before["embedding.weight"] if candidate.model.tie_embeddings else after["head.weight"]
     tokens = candidate.micro_batch_size * candidate.seq_len
     chunk = max(linear_cross_entropy.LEAST_CHUNK, rows * width * candidate.width)
