@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help pretrain test lint types check benchmark gpu tune wheel clean
+.PHONY: help pretrain test lint types check benchmark scaling peers gpu tune wheel clean
 
 help:
 	@echo "make pretrain    train a small byte-level model on Python's own library source, on $(NPROC) processes"
@@ -16,6 +16,8 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make check       tests, lint and types: what to run before a change is sent"
 	@echo "make benchmark   time a training step beside other tensor-parallel frameworks"
+	@echo "make scaling     how well it scales over tp, pp and dp: tables and plots (3 minutes on 2 cores)"
+	@echo "make peers       install what benchmarks.scaling --preset peers measures tpformer beside"
 	@echo "make gpu         on a CUDA device, with the $(PYTHON) at hand: the kernels' tests and, if green, their speed"
 	@echo "                 and the share of each kind of kernel in a training step"
 	@echo "make tune        on a CUDA device: find the kernels' launch options (ARGS=--write keeps them)"
@@ -45,6 +47,14 @@ check: test lint types
 
 benchmark: $(VENV)/installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node 2 -m benchmarks.training $(ARGS)
+
+scaling: $(VENV)/installed
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+# without what they depend on, which torch's own builds and the tests have in other versions
+PEERS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])
+peers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$($(BIN)/python -c '$(PEERS)')
 
 # A machine with a GPU has its own build of torch, and maybe no network to make .venv from
 CUDA_PYTHON := env -u TRITON_INTERPRET PYTHONPATH=.:kernels $(PYTHON)
