@@ -100,11 +100,11 @@ class RankTime:
 
 def pace(candidate: Candidate, machine: Machine) -> Pace:
     """Matmuls at the rate of large ones, all bytes at the memory's. Raises ValueError as Device.peak does."""
-    device, crowd = machine.device, _crowd(candidate, machine)
-    rate = device.peak(candidate.parallel.precision) * device.matmul_efficiency / crowd
+    device = machine.device
+    rate = device.peak(candidate.parallel.precision) * device.matmul_efficiency
     share = device.attention_efficiency if machine.fused_attention else UNFUSED_ATTENTION_EFFICIENCY
-    bandwidth = device.bandwidth * device.bandwidth_efficiency / crowd
-    return Pace(1 / rate, 1 / (rate * share), 1 / bandwidth, crowd * device.overhead)
+    bandwidth = device.bandwidth * device.bandwidth_efficiency
+    return Pace(1 / rate, 1 / (rate * share), 1 / bandwidth, device.overhead)
 
 
 def rank_times(candidate: Candidate, machine: Machine) -> list[RankTime]:
@@ -128,9 +128,15 @@ def rank_times(candidate: Candidate, machine: Machine) -> list[RankTime]:
     return found
 
 
-def _crowd(candidate: Candidate, machine: Machine) -> float:
-    """By how much processes that share a CPU's cores are slower."""
-    return max(1.0, candidate.world_size / machine.device.per_node) if candidate.on_cpu else 1.0
+def _shared_cores(candidate: Candidate, times: list[RankTime], machine: Machine, alone: float) -> Iterator[Term]:
+    """What processes that share a CPU's cores take longer than `alone`, each on its own: until all work is done."""
+    if candidate.on_cpu and candidate.world_size > machine.device.per_node:
+        kinds = {(len(time.part.layers), time.part.first, time.part.last): time.all for time in times}
+        parts = [candidate.part(rank) for rank in range(candidate.parallel.pp)]
+        work = sum(kinds[len(part.layers), part.first, part.last] for part in parts)
+        ranks = candidate.parallel.tp * candidate.dp
+        whole = candidate.micro_batches * work * ranks / machine.device.per_node
+        yield Term("compute", "waiting for a core", (("s longer than computing and idling", max(0.0, whole - alone)),))
 
 
 def _recomputed(candidate: Candidate, forward: float) -> float:
@@ -164,12 +170,13 @@ def bubble_seconds(candidate: Candidate, forward: float, backward: float) -> flo
     return (p.pp - 1) * wait / rounds
 
 
-def step_time(candidate: Candidate, busiest: RankTime, traffic: Iterable[Traffic], machine: Machine) -> StepTime:
-    """The whole step, by the rank that computes longest, and its traffic.
+def step_time(candidate: Candidate, times: list[RankTime], traffic: Iterable[Traffic], machine: Machine) -> StepTime:
+    """The whole step, by the rank that computes longest, and its traffic; times: as `rank_times` gives them.
 
     Collectives of tp and pp are waited for; those of dp, and under sequence parallelism tp's, run beside the
     computation that they can run beside, on GPUs. On a CPU they take its cores.
     """
+    busiest = max(times, key=lambda time: time.all)
     m, unit = float(candidate.micro_batches), pace(candidate, machine)
     terms = [*_computed("forward", m, busiest.work[0], unit), *_computed("backward", m, busiest.work[1], unit)]
     if unit.overhead:
@@ -185,6 +192,8 @@ def step_time(candidate: Candidate, busiest: RankTime, traffic: Iterable[Traffic
             candidate, busiest.forward + waits / 3, busiest.backward + busiest.recompute + waits * 2 / 3
         )
         terms.append(Term("bubble", f"{candidate.parallel.pp_schedule}: fill and drain", (("seconds", idle),)))
+    alone = sum(term.seconds for term in terms if term.kind in ("compute", "recompute", "bubble"))
+    terms += _shared_cores(candidate, times, machine, alone)
     return StepTime((*terms, _update(candidate, machine, busiest)))
 
 
@@ -232,8 +241,10 @@ def _update(candidate: Candidate, machine: Machine, rank: RankTime) -> Term:
     ends = max(rank.part.first, rank.part.last) if candidate.model.tie_embeddings else rank.part.first + rank.part.last
     parameters = len(rank.part.layers) * sizes(candidate).weights + ends * head
     moved = 32.0 + (candidate.width if candidate.width < 4 else 0)
+    crowd = max(1.0, candidate.world_size / machine.device.per_node) if candidate.on_cpu else 1.0
     factors = (("parameters", float(parameters)), ("bytes", moved), ("1/shards", 1 / candidate.shards))
-    return Term("optimizer", "AdamW and the gradients' norm", (*factors, ("s/byte", pace(candidate, machine).bytes)))
+    each = crowd * pace(candidate, machine).bytes
+    return Term("optimizer", "AdamW and the gradients' norm", (*factors, ("s/byte", each)))
 
 
 @lru_cache(maxsize=64)

@@ -180,7 +180,7 @@ def planned(candidate: Candidate, machine: Machine, needed: Memory | None = None
     busiest = max(times, key=lambda time: time.all)
     sent = traffic(candidate, busiest.rank)
     return Plan(
-        candidate, machine, needed or worst_memory(candidate), sent, step_time(candidate, busiest, sent, machine)
+        candidate, machine, needed or worst_memory(candidate), sent, step_time(candidate, times, sent, machine)
     )
 
 
