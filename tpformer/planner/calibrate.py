@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,12 +122,7 @@ def _seconds(call: Callable[[], object], budget: float) -> float:
         start = time.process_time()
         call()
         spent.append(time.process_time() - start)
-    return quick(spent)
-
-
-def quick(spent: list[float]) -> float:
-    """The quickest fifth's slowest: other processes only add to what this machine takes."""
-    return sorted(spent)[len(spent) // 5]
+    return statistics.median(spent)
 
 
 def _timing(op: str, ranks: int, group: dist.ProcessGroup, run: Run) -> Timing:
@@ -142,13 +138,16 @@ def _timing(op: str, ranks: int, group: dist.ProcessGroup, run: Run) -> Timing:
 
 
 def _collective(op: str, size: int, ranks: int, group: dist.ProcessGroup, budget: float) -> float:
-    """Seconds of one, the mean over the ranks, which multiply before each: in a step, too, they come to it apart."""
+    """Seconds of one, the mean over the ranks, which multiply before each as long as a layer does: in a step, too,
+    they come to it apart, and with caches full of other numbers."""
     call = collective(op, size, ranks, group)
-    a = torch.randn(256, 256)
-    trial = torch.tensor(_one(call, a) + _one(call, a), dtype=torch.float64)
+    a = torch.randn(640, 640)
+    start = time.perf_counter()
+    _one(call, a)
+    trial = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(trial, op=dist.ReduceOp.MAX, group=group)  # every rank is to time as many
-    count = min(max(10, math.ceil(budget / trial.item() * 2)), 200)
-    spent = torch.tensor(quick([_one(call, a) for _ in range(count)]), dtype=torch.float64)
+    count = min(max(7, math.ceil(budget / trial.item())), 200)
+    spent = torch.tensor(statistics.median(_one(call, a) for _ in range(count)), dtype=torch.float64)
     dist.all_reduce(spent, group=group)
     return spent.item() / ranks / (2 if op == "send" else 1)
 

@@ -216,6 +216,8 @@ def _communication(
         op = "send" if item.op == "recv" else item.op
         each = path(size, stride, machine.device, machine.network).seconds(op, item.bytes, size)
         kind: Kind = "tp" if item.axis == "tp" else "pp" if item.axis == "pp" else "dp"
+        if kind == "dp" and op != "all_reduce":  # FSDP copies parameters out of what it gathered, gradients into it
+            each += 2 * item.bytes * pace(candidate, machine).bytes
         if item.hidden and kind != "pp" and not candidate.on_cpu:
             hidden["tp" if kind == "tp" else item.phase] += each * item.calls
         else:

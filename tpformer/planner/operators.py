@@ -17,7 +17,11 @@ from tpformer_kernels import AttentionOptions, attention, matmul
 Call = Callable[[], object]
 TOKENS = 256
 HIDDEN = (256, 512, 1024)
-"""Widths of the blocks and products that are timed."""
+"""Widths of the products that are timed."""
+BLOCKS = (256, 512)
+"""Widths of the blocks that are timed."""
+SAMPLES = 4
+"""Of TOKENS each, for blocks and head: as many as a step's, so that they do not stay in the caches."""
 HEAD = (512, 8192)
 """Width and vocabulary of the head that is timed."""
 HEADS, LENGTH, HEAD_DIM = 8, 512, 64
@@ -37,8 +41,8 @@ def measurements() -> list[Measurement]:
         Measurement("matmul fp32", partial(_products, torch.float32)),
         Measurement("matmul bf16", partial(_products, torch.bfloat16)),
         Measurement("attention", _attention),
-        Measurement("tiny block", partial(_block, tiny())),
-        *(Measurement(f"block {hidden}", partial(_block, model(hidden))) for hidden in HIDDEN),
+        Measurement("tiny block", partial(_block, tiny(), 1)),
+        *(Measurement(f"block {hidden}", partial(_block, model(hidden), SAMPLES)) for hidden in BLOCKS),
         Measurement("head", partial(_head, model(*HEAD))),
     ]
 
@@ -81,17 +85,17 @@ def _attention() -> Call:
     return lambda: torch.autograd.grad(attention(q, k, v, options), (q, k, v), gradient)
 
 
-def _block(config: LlamaConfig) -> Call:
+def _block(config: LlamaConfig, samples: int) -> Call:
     built = Llama(config)
-    x = torch.randn(1, config.max_seq_len, config.hidden_size, requires_grad=True)
+    x = torch.randn(samples, config.max_seq_len, config.hidden_size, requires_grad=True)
     gradient = torch.randn_like(x)
     return lambda: _forget(built.run_blocks(x).backward(gradient), built, x)
 
 
 def _head(config: LlamaConfig) -> Call:
     built = Llama(config)
-    x = torch.randn(1, TOKENS, config.hidden_size, requires_grad=True)
-    targets = torch.randint(config.vocab_size, (1, TOKENS))
+    x = torch.randn(SAMPLES, TOKENS, config.hidden_size, requires_grad=True)
+    targets = torch.randint(config.vocab_size, (SAMPLES, TOKENS))
     return lambda: _forget(built.head_loss(built.norm(x), targets).backward(), built, x)
 
 
@@ -124,7 +128,7 @@ class Rates:
         )  # of both products, the causal half; backward has five of four
         share = min(1.0, 3.5 * square / seconds["attention"] / flops["fp32"])
         overhead, left, moved = seconds["tiny block"], 0.0, 0.0
-        for hidden in HIDDEN:
+        for hidden in BLOCKS:
             work = block_total(model(hidden))
             left += seconds[f"block {hidden}"] - overhead - work.matmul / flops["fp32"]
             left -= work.attention / flops["fp32"] / share
@@ -132,12 +136,12 @@ class Rates:
         work = head_total(model(*HEAD))
         left += seconds["head"] - work.matmul / flops["fp32"]
         moved += work.bytes
-        all_seconds = seconds["head"] + sum(seconds[f"block {hidden}"] for hidden in HIDDEN)
+        all_seconds = seconds["head"] + sum(seconds[f"block {hidden}"] for hidden in BLOCKS)
         return Rates(flops, share, moved / max(left, 0.01 * all_seconds), overhead)
 
 
 def _candidate(config: LlamaConfig) -> Candidate:
-    return Candidate(config, ParallelConfig(dp=1), config.max_seq_len, 1, 1, on_cpu=True)
+    return Candidate(config, ParallelConfig(dp=1), config.max_seq_len, SAMPLES, SAMPLES, on_cpu=True)
 
 
 def block_total(config: LlamaConfig) -> Work:

@@ -179,9 +179,7 @@ def planned(candidate: Candidate, machine: Machine, needed: Memory | None = None
     times = rank_times(candidate, machine)
     busiest = max(times, key=lambda time: time.all)
     sent = traffic(candidate, busiest.rank)
-    return Plan(
-        candidate, machine, needed or worst_memory(candidate), sent, step_time(candidate, times, sent, machine)
-    )
+    return Plan(candidate, machine, needed or worst_memory(candidate), sent, step_time(candidate, times, sent, machine))
 
 
 def _nothing_fits(search: Search, room: float, smallest: list[tuple[int, Candidate]]) -> str:
