@@ -84,7 +84,8 @@ def series_of(
     for line in series:
         numbers = [jobs.index(job) for job in line.jobs]
         own = rows[numbers[0]] if line.jobs[0].degree == 1 else None
-        plain = next((row for row in rows if own and row["kind"] == "plain" and row["model"] == own["model"]), None)
+        base = own or (rows[numbers[0]] if line.mode == "strong" else None)  # which has the one process's model
+        plain = next((row for row in rows if base and row["kind"] == "plain" and row["model"] == base["model"]), None)
         known = next((p for p in published if (p.axis, p.mode) == (line.axis, line.mode)), None)
         mine = [rows[number] for number in numbers]
         found.append(
