@@ -22,7 +22,7 @@ WHY = {
     "torchtitan 2026": "eager operators, launched one by one",
     "H100": "small operators, launched one by one",
 }
-"""What is known about rows that are missed, by their table."""
+"""Why rows are likely to be missed, by their table; none of it was tested."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def table(found: list[Compared]) -> str:
         close = sum(one.close for one in mine)
         lines.append(f"{name}: {close} of {len(mine)} rows within {CLOSE:.0%}")
         if close < len(mine):
-            lines.append(f"    missed: {WHY.get(name, 'not known why')}")
+            lines.append(f"    missed, likely: {WHY.get(name, 'not known why')}")
     return "\n".join(lines)
 
 

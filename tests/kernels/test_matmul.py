@@ -162,7 +162,6 @@ def test_descriptors_and_pointers_give_the_same_bits(layout: str) -> None:
         (False, lambda: noise(1, 16, dtype=HALF).expand(8, 16)),
         (False, lambda: noise(0, 16, dtype=HALF)),
     ],
-    ids=str,
 )
 def test_what_descriptors_can_read(fits: bool, make: Callable[[], Tensor]) -> None:
     with small_tiles(loads="descriptors"):
