@@ -142,6 +142,7 @@ def test_counts(text: str, number: int) -> None:
         (["--network", "token-ring"], "link ('token-ring') must be one of"),
         (["--model", "llama-9b"], "model 'llama-9b' is not known"),
         (["--explain", "100000"], "--explain or --traffic (100000) must be 1 to"),
+        (["--explain", "0"], "--explain or --traffic (0) must be 1 to"),
         (["--model", "llama-405b", "--gpus", "4"], "nothing fits on 4 x h100-sxm"),
     ],
 )

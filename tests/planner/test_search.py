@@ -79,6 +79,16 @@ def test_tp_stays_within_a_node_and_divides() -> None:
     }  # 6 key-value heads: 4 and 8 neither divide nor are divided
 
 
+def test_what_a_run_would_refuse_is_not_planned() -> None:
+    """Both ends of a tied model on one process, shared out: as parallel/fsdp.py says."""
+    found = run(search("llama-1b", 16, 2**20))
+    shared = [f for f in found if f.candidate.parallel.pp_schedule == "zbv" and f.candidate.parallel.pp > 1]
+    assert shared and all(f.candidate.parallel.dp_mode == "replicate" for f in shared)
+    with pytest.raises(ValueError, match=r"pp_schedule \(zbv\) and dp_mode \(zero2\) cannot with tie_embeddings"):
+        options: Any = {"pp": 2, "dp": 2, "pp_schedule": "zbv", "dp_mode": "zero2"}
+        Candidate(known_model("llama-1b"), ParallelConfig(**options), 4096, 16, 1)
+
+
 def test_what_does_not_fit_is_an_error_with_the_smallest() -> None:
     with pytest.raises(
         ValueError, match=r"nothing fits on 2 x h100-sxm .*: the smallest found, tp .* needs \d+\.\d GiB"

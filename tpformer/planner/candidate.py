@@ -8,7 +8,7 @@ from tpformer.models.decoder import Part
 from tpformer.models.gpt import GPTConfig
 from tpformer.models.llama import LlamaConfig
 from tpformer.parallel.split import check_micro_batches, part_of, stage_parts
-from tpformer.parallel_config import ParallelConfig, Schedule
+from tpformer.parallel_config import V_SHAPED, ParallelConfig, Schedule
 
 ModelConfig = LlamaConfig | GPTConfig
 
@@ -48,6 +48,8 @@ class Candidate:
         count = divide(samples, self.micro_batch_size, "batch_size / dp", "micro_batch_size")
         if p.pp > 1:
             check_micro_batches(p, count)
+            if p.pp_schedule in V_SHAPED and model.tie_embeddings and self.shards > 1:
+                raise ValueError(f"pp_schedule ({p.pp_schedule}) and dp_mode ({p.dp_mode}) cannot with tie_embeddings")
 
     @property
     def dp(self) -> int:

@@ -122,7 +122,8 @@ def model_of(name: str) -> ModelConfig:
 
 def show(options: argparse.Namespace, plans: list[Plan]) -> None:
     """The table, one plan's formulas or its traffic; the picture. Raises ValueError for a layout that there is not."""
-    best, number = plans[: options.best], options.explain or options.traffic or 1
+    asked = [number for number in (options.explain, options.traffic) if number is not None]
+    best, number = plans[: options.best], (asked or [1])[0]
     if not 1 <= number <= len(plans):
         raise ValueError(f"--explain or --traffic ({number}) must be 1 to {len(plans)}, the layouts that fit")
     chosen = plans[number - 1]
