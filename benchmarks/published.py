@@ -73,8 +73,7 @@ def _row_2019(name: str, tp: int, dp: int, tflops: float, note: str) -> Publishe
 def megatron_2020() -> list[Published]:
     """Weak scaling of tensor parallelism on a DGX-2 (V100) and on Selene (A100), there with 128 replicas too.
 
-    Sequences of 1024 tokens with full recomputation: by these the published milliseconds give the published rates.
-    """
+    Sequences of 1024 tokens, full recomputation: by these the published milliseconds give the published rates."""
     shapes = {  # hidden, heads, layers, tp, 10^9 parameters
         "1B": (1920, 15, 24, 1, 1.16),
         "2B": (2304, 18, 30, 2, 2.03),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tpformer import ParallelConfig
-from tpformer.parallel.bubble import theoretical_bubble
+from tpformer.parallel.bubble import schedule_order, simulate, theoretical_bubble
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.cost import Kind, Machine, StepTime, Term, bubble_seconds, mfu, rank_times
 from tpformer.planner.hardware import device, link
@@ -37,6 +37,32 @@ def test_the_bubble_is_that_of_the_schedules_order(schedule: Any, stages: int, p
     assert idle / (3 * c.micro_batches + idle) == pytest.approx(
         theoretical_bubble(schedule, pp, c.micro_batches, c.parallel.stages_per_rank)
     )
+
+
+def test_the_bubble_of_zero_bubble_schedules_with_recomputation() -> None:
+    """The inputs' gradients take a forward more, the weights' do not: as the order runs with these costs."""
+    c = candidate(16, pp=4, pp_schedule="interleaved_zero_bubble", stages_per_rank=2)
+    cost = {"forward": 0.5, "input gradient": 1.0, "weight gradient": 0.5}  # of each of two stages
+    spans = simulate(schedule_order("interleaved_zero_bubble", 4, 16, 2), lambda kind, _: cost[kind])
+    idle = max(span.end for rank in spans for span in rank) - 16 * 2 * 2.0
+    assert bubble_seconds(c, 1.0, 2.0, 1.0) == pytest.approx(idle, rel=0.25)
+    assert bubble_seconds(c, 1.0, 2.0, 0.0) < 0.75 * idle  # without it
+
+
+def test_a_recomputed_mlp_costs_no_attention() -> None:
+    """However long the sequence."""
+    seconds = []
+    for length in (1024, 65536):
+        found = {}
+        for modules in (("mlp",), ("attention",), ("attention.core",), ()):
+            options: dict[str, Any] = {"recompute": "selective", "recompute_modules": modules} if modules else {}
+            parallel = ParallelConfig(dp=1, precision="bf16", **(options or {"recompute": "full"}))
+            c = Candidate(known_model("llama-8b"), parallel, length, 1, 1)
+            found[modules] = rank_times(c, MACHINE)[0].recompute
+        assert found["mlp",] + found["attention",] == pytest.approx(found[()])
+        assert found["attention.core",] < found["attention",]
+        seconds.append(found["mlp",] / length)
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.2)
 
 
 def test_a_step_is_the_sum_of_its_terms() -> None:

@@ -1,11 +1,12 @@
 """The command that a plan prints is one that examples/pretrain.py takes, and means that plan."""
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tpformer import GPTConfig, ParallelConfig
+from tpformer import GPTConfig, LlamaConfig, ParallelConfig, RopeScaling
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.flags import pretrain_flags, torchrun_command
 from tpformer.planner.known_models import known_model, known_models
@@ -27,9 +28,31 @@ def test_the_flags_mean_the_plan(name: str, options: dict[str, Any]) -> None:
     assert config.parallel == candidate.parallel
     assert (config.data.seq_len, config.run.batch_size, config.run.micro_batch_size) == (1024, 16, 2)
     assert config.family == ("gpt" if isinstance(candidate.model, GPTConfig) else "llama")
-    for field in ("hidden_size", "num_layers", "num_heads", "max_seq_len", "tie_embeddings", "activation"):
+    for field in (
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "max_seq_len",
+        "tie_embeddings",
+        "activation",
+    ):
         assert getattr(config.model, field) == getattr(candidate.model, field), field
     assert config.model.attention == candidate.model.attention
+
+
+def test_stretched_positions_are_flags_too() -> None:
+    model = replace(LlamaConfig(max_seq_len=4096), rope_scaling=RopeScaling("llama3", 32.0, 8192, 1.0, 4.0))
+    config = parse_config(pretrain_flags(Candidate(model, ParallelConfig(dp=1), 1024, 16, 2)))
+    assert config.model.rope_scaling == model.rope_scaling
+
+
+def test_every_node_has_as_many_processes() -> None:
+    """Twelve on nodes of eight: two nodes of six. A machine of CPUs is one node."""
+    twelve = Candidate(known_model("gpt2"), ParallelConfig(dp=12), 1024, 12, 1)
+    assert shlex.split(torchrun_command(twelve, 8))[1:5] == ["--nproc-per-node", "6", "--nnodes", "2"]
+    cpus = Candidate(known_model("gpt2"), ParallelConfig(dp=4), 1024, 4, 1, on_cpu=True)
+    assert shlex.split(torchrun_command(cpus, 2))[:4] == ["torchrun", "--nproc-per-node", "4", "examples/pretrain.py"]
 
 
 def test_the_command_of_one_node_and_of_several() -> None:

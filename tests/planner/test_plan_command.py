@@ -138,6 +138,12 @@ def test_counts(text: str, number: int) -> None:
     ("arguments", "message"),
     [
         (["--gpus", "0"], "--gpus (0) must be at least 1"),
+        (["--memory-only", "--tp", "0"], "--tp (0) must be at least 1"),
+        (["--memory-only", "--tp", "3", "--gpus", "9"], "num_heads (32) must be divisible by tp (3)"),
+        (["--traffic", "--batches", "-3"], "--batches (-3) must be at least 1"),
+        (["--model", "gpt2", "--seq", "4096"], "seq_len (4096) must be at most max_seq_len (1024)"),
+        (["--seq", "0"], "seq_len (0) must be at least 1"),
+        (["--memory-only", "--plot", "x.png"], "--plot is of predicted layouts"),
         (["--device", "h300"], "device ('h300') must be one of"),
         (["--network", "token-ring"], "link ('token-ring') must be one of"),
         (["--model", "llama-9b"], "model 'llama-9b' is not known"),

@@ -12,7 +12,7 @@ from tpformer.parallel.split import part_of, stage_parts
 from tpformer.parallel.state_bytes import state_bytes
 from tpformer.parallel_config import DataParallel, ParallelConfig, Precision
 from tpformer.placement import local_part, mesh_of, placements
-from tpformer.planner.candidate import ModelConfig
+from tpformer.planner.candidate import ModelConfig, check_tp
 from tpformer.planner.weights import Weight, block_weights, end_weights
 
 OptimizerName = Literal["SGD", "momentum", "AdamW", "AdamW 8-bit"]
@@ -109,6 +109,7 @@ def accounting(
     """
     if isinstance(model, nn.Module):
         return Accounting(tuple(_of_module(model, shards)), shards)
+    check_tp(model, parallel.tp)
     part = part_of(pp_rank, stage_parts(model, parallel, model.max_seq_len), parallel)
     here, alone = _of_config(model, part, parallel.tp), _of_config(model, part, 1)
     whole = {name: tuple(_unpadded(one, model) for one in group) for name, group in alone.items()}

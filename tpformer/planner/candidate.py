@@ -13,6 +13,20 @@ from tpformer.parallel_config import V_SHAPED, ParallelConfig, Schedule
 ModelConfig = LlamaConfig | GPTConfig
 
 
+def ffn_size(model: ModelConfig) -> int:
+    """Inner width of a model's MLP."""
+    return model.ffn_size if isinstance(model, GPTConfig) else model.ffn_hidden_size
+
+
+def check_tp(model: ModelConfig, tp: int) -> None:
+    """Raises ValueError if tp cannot split the model."""
+    divide(model.num_heads, tp, "num_heads")
+    kv_heads = model.attention.num_kv_heads
+    if kv_heads % tp and tp % kv_heads:
+        raise ValueError(f"num_kv_heads ({kv_heads}) must divide tp ({tp}) or be divisible by it")
+    divide(ffn_size(model), tp, "ffn_hidden_size")
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A model, how it is split, and the step's tokens. Raises ValueError where a run of it would."""
@@ -37,11 +51,7 @@ class Candidate:
             divide(p.dp, self.shards, "dp", "dp_shard")
         if self.seq_len > model.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must be at most max_seq_len ({model.max_seq_len})")
-        divide(model.num_heads, p.tp, "num_heads")
-        kv_heads = model.attention.num_kv_heads
-        if kv_heads % p.tp and p.tp % kv_heads:
-            raise ValueError(f"num_kv_heads ({kv_heads}) must divide tp ({p.tp}) or be divisible by it")
-        divide(self.ffn_size, p.tp, "ffn_hidden_size")
+        check_tp(model, p.tp)
         if p.sequence_parallel:
             divide(self.seq_len, p.tp, "seq_len")
         samples = divide(self.batch_size, p.dp, "batch_size", "dp")
@@ -80,7 +90,7 @@ class Candidate:
     @property
     def ffn_size(self) -> int:
         """Inner width of the MLP."""
-        return self.model.ffn_size if isinstance(self.model, GPTConfig) else self.model.ffn_hidden_size
+        return ffn_size(self.model)
 
     @property
     def parts(self) -> tuple[Part, ...]:

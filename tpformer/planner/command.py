@@ -35,7 +35,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--device", default="h100-sxm", help="of --list-hardware, or a file of `tpformer calibrate`")
     parser.add_argument("--network", default="ib-400", help="between nodes")
     parser.add_argument("--tokens-per-step", type=count, default="1M", help="over all devices; K is 1024, M is K x K")
-    parser.add_argument("--seq", type=count, default="8K", help="tokens of a sample")
+    parser.add_argument("--seq", type=count, help="tokens of a sample; 8K, or all that the model allows")
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     parser.add_argument("--best", type=int, default=10, metavar="N", help="layouts to print")
     shown = parser.add_mutually_exclusive_group()
@@ -63,13 +63,14 @@ def count(text: str) -> int:
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
     try:
         return int(float(number) * units.get(unit, 1))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number such as 4096, 8K or 4M") from None
 
 
 def run_plan(options: argparse.Namespace) -> int:
     """Print what was asked for; 1 if it cannot be, otherwise 0."""
     try:
+        check_flags(options)
         if options.list_hardware:
             print(hardware_table())
         elif options.memory_only:
@@ -81,7 +82,19 @@ def run_plan(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"tpformer plan: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        print(f"tpformer plan: --plot needs {error.name}: pip install 'tpformer[train]'", file=sys.stderr)
+        return 1
     return 0
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Raises ValueError for numbers below 1, and for a picture of what is none."""
+    for name in ("gpus", "tokens_per_step", "best", "tp", "depth", "batches", "epochs"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least 1")
+    if options.plot and (options.module or options.memory_only or options.list_hardware):
+        raise ValueError("--plot is of predicted layouts: leave --module, --memory-only and --list-hardware out")
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
@@ -102,13 +115,10 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 
 def search_of(options: argparse.Namespace) -> Search:
-    """What the flags ask for. Raises ValueError for unknown names and for numbers below 1."""
-    for name in ("gpus", "tokens_per_step", "seq", "best"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least 1")
+    """What the flags ask for. Raises ValueError for unknown names, and as Search does."""
     model = model_of(options.model)
     machine = Machine(device(options.device), link(options.network))
-    length = min(options.seq, model.max_seq_len)
+    length = min(8192, model.max_seq_len) if options.seq is None else options.seq
     return Search(model, options.gpus, machine, options.tokens_per_step, length, options.precision)
 
 

@@ -112,7 +112,7 @@ def rank_times(candidate: Candidate, machine: Machine) -> list[RankTime]:
     s, width, unit = sizes(candidate), candidate.width, pace(candidate, machine)
     block = block_work(s, candidate.seq_len, width, machine.fused_attention)
     first, last = first_work(s, width), last_work(s, vocabulary(candidate), width)
-    again = _recomputed(candidate, unit.seconds(block[0]) + unit.overhead / 3)
+    again = _recomputed(candidate, block[0], unit)
     found = []
     for rank, part in candidate.rank_kinds:
         count = len(part.layers)
@@ -139,32 +139,36 @@ def _shared_cores(candidate: Candidate, times: list[RankTime], machine: Machine,
         yield Term("compute", "waiting for a core", (("s longer than computing and idling", max(0.0, whole - alone)),))
 
 
-def _recomputed(candidate: Candidate, forward: float) -> float:
-    """Seconds of a block that backward computes again, on average; of modules, their share of the weights."""
+def _recomputed(candidate: Candidate, forward: Work, unit: Pace) -> float:
+    """Seconds of a block that backward computes again, on average over all blocks.
+
+    Of modules, attention's FLOPs and, of all else, as much as their share of the weights.
+    """
     p = candidate.parallel
     if p.recompute == "none":
         return 0.0
-    share = 1.0
-    if p.recompute == "selective":
-        s = sizes(candidate)
-        attention = sum(a * b for a, b in s.matrices[:2]) / s.weights
-        named = {"attention.core": 0.1, "attention": attention, "mlp": 1 - attention}
-        share = sum(named.get(module, 0.0) for module in p.recompute_modules)
-    return forward * share / p.recompute_every
+    core = forward.attention * unit.attention
+    rest = unit.seconds(forward) - core + unit.overhead / 3
+    if p.recompute == "full":
+        return (rest + core) / p.recompute_every
+    s = sizes(candidate)
+    share = sum(a * b for a, b in s.matrices[:2]) / s.weights
+    named = {"attention.core": core, "attention": core + share * rest, "mlp": (1 - share) * rest}
+    return sum(named.get(module, 0.0) for module in p.recompute_modules) / p.recompute_every
 
 
-def bubble_seconds(candidate: Candidate, forward: float, backward: float) -> float:
+def bubble_seconds(candidate: Candidate, forward: float, backward: float, more: float = 0.0) -> float:
     """What the busiest rank idles: the fill and the drain of the pipeline.
 
-    forward, backward: of a rank's whole part, for one micro-batch, recomputation in the latter. Zero-bubble schedules
-    fill the wait with the weights' gradients, half of a backward. Sources: arXiv 2104.04473, section 2.2; 2401.10241;
-    `bubble.theoretical_bubble` runs the orders themselves, and a test compares.
+    forward, backward: of a rank's whole part, for one micro-batch; more: what backward takes longer for recomputation
+    and communication. Zero-bubble schedules fill the wait with the weights' gradients, half of a backward. Sources:
+    arXiv 2104.04473, section 2.2; 2401.10241; `bubble.theoretical_bubble` runs the orders themselves, a test compares.
     """
     p = candidate.parallel
     rounds = p.num_stages // p.pp
-    wait = forward + backward
-    if p.pp_schedule in ZERO_BUBBLE:
-        wait = forward + backward / 2 - backward / 2
+    wait = forward + backward + more
+    if p.pp_schedule in ZERO_BUBBLE:  # forward and the inputs' gradients, less the weights'
+        wait = forward + (backward / 2 + more) - backward / 2
         if p.pp_schedule in V_SHAPED and candidate.micro_batches < 2 * p.pp:
             wait *= rounds
     return (p.pp - 1) * wait / rounds
@@ -188,9 +192,8 @@ def step_time(candidate: Candidate, times: list[RankTime], traffic: Iterable[Tra
     terms += communication
     waits = sum(term.seconds for term in communication if term.kind == "tp") / m
     if candidate.parallel.pp > 1:
-        idle = bubble_seconds(
-            candidate, busiest.forward + waits / 3, busiest.backward + busiest.recompute + waits * 2 / 3
-        )
+        more = busiest.recompute + waits * 2 / 3
+        idle = bubble_seconds(candidate, busiest.forward + waits / 3, busiest.backward, more)
         terms.append(Term("bubble", f"{candidate.parallel.pp_schedule}: fill and drain", (("seconds", idle),)))
     alone = sum(term.seconds for term in terms if term.kind in ("compute", "recompute", "bubble"))
     terms += _shared_cores(candidate, times, machine, alone)
@@ -214,7 +217,9 @@ def _communication(
             continue
         size, stride = group(item.axis, p, candidate.shards)
         op = "send" if item.op == "recv" else item.op
-        each = path(size, stride, machine.device, machine.network).seconds(op, item.bytes, size)
+        # processes on CPUs are those of one machine, however many share a core
+        way = machine.device.link if candidate.on_cpu else path(size, stride, machine.device, machine.network)
+        each = way.seconds(op, item.bytes, size)
         kind: Kind = "tp" if item.axis == "tp" else "pp" if item.axis == "pp" else "dp"
         if kind == "dp" and op != "all_reduce":  # FSDP copies parameters out of what it gathered, gradients into it
             each += 2 * item.bytes * pace(candidate, machine).bytes

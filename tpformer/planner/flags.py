@@ -12,8 +12,10 @@ from tpformer.planner.candidate import Candidate, ModelConfig
 def torchrun_command(candidate: Candidate, per_node: int) -> str:
     """The torchrun line of examples/pretrain.py for a layout; per_node: processes of one machine."""
     processes = candidate.world_size
-    nodes = -(-processes // per_node)
-    launch = ["torchrun", "--nproc-per-node", str(min(per_node, processes))]
+    most = processes if candidate.on_cpu else min(per_node, processes)
+    here = next(n for n in range(most, 0, -1) if processes % n == 0)  # every node has as many
+    nodes = processes // here
+    launch = ["torchrun", "--nproc-per-node", str(here)]
     if nodes > 1:
         launch += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
     return shlex.join([*launch, "examples/pretrain.py", *pretrain_flags(candidate)])
@@ -29,25 +31,27 @@ def pretrain_flags(candidate: Candidate) -> list[str]:
 
 
 def _model_flags(model: ModelConfig) -> list[str]:
-    """Every field that is not the family's default; those of the small model that is trained by default are said."""
+    """Every field that is not the family's default, and all sizes: what is trained by default is a small model."""
     family = "gpt" if isinstance(model, GPTConfig) else "llama"
-    sizes = ["hidden_size", "num_layers", "num_heads", "max_seq_len"]
+    sizes = ["hidden_size", "num_layers", "num_heads", "max_seq_len", "vocab_size"]
     sizes += ["ffn_hidden_size", "num_kv_heads"] if family == "llama" else []
     flags = ["--family", family]
     for name in sizes:
         value = model.attention.num_kv_heads if name == "num_kv_heads" else getattr(model, name)
         flags += [f"--{name.replace('_', '-')}", str(value)]
     default = GPTConfig() if family == "gpt" else LlamaConfig()
-    return flags + _changed(model, default, leave=(*sizes, "vocab_size", "rope_scaling"))
+    return flags + _changed(model, default, leave=tuple(sizes))
 
 
-def _changed(config: object, default: object, leave: tuple[str, ...] = ()) -> list[str]:
+def _changed(config: object, default: object, leave: tuple[str, ...] = (), prefix: str = "") -> list[str]:
     flags: list[str] = []
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        value, flag = getattr(config, field.name), f"--{prefix}{field.name.replace('_', '-')}"
         if field.name in leave or value == getattr(default, field.name):
             continue
-        if isinstance(value, bool):
+        if dataclasses.is_dataclass(value):
+            flags += _changed(value, getattr(default, field.name), prefix=f"{field.name.replace('_', '-')}.")
+        elif isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]

@@ -123,7 +123,8 @@ def _run(
                 torch.func.functional_call(module, state, args, kwargs)
         except Exception as error:
             raise ValueError(
-                f"{type(module).__name__} cannot run on the meta device, on which its outputs are counted: {error}"
+                f"{type(module).__name__} cannot run on the meta device, on which its outputs are counted: "
+                f"{type(error).__name__}: {error}"
             ) from error
     return outputs, dict(sends)
 

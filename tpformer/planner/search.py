@@ -1,4 +1,4 @@
-"""Every layout of a model on so many devices, without those that do not fit, by predicted step time."""
+"""The layouts of a model on so many devices, without those that do not fit, by predicted step time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,6 +71,13 @@ class Search:
     precision: Precision = "bf16"
     overlap: Overlap = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tokens_per_step", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(f"seq_len ({self.seq_len}) must be at most max_seq_len ({self.model.max_seq_len})")
+
     @cached_property
     def batch_size(self) -> int:
         """Samples of a step: as many whole sequences as the tokens make, at least one."""
@@ -121,7 +128,8 @@ def layouts(search: Search) -> Iterator[dict[str, Any]]:
     degrees = [n for n in range(1, search.gpus + 1) if search.gpus % n == 0]
     for tp, pp in product(degrees, repeat=2):
         dp, rest = divmod(search.gpus, tp * pp)
-        if tp > per_node or pp > search.model.num_layers or rest or search.batch_size % dp:
+        inside = tp <= per_node and (per_node % tp == 0 or search.gpus <= per_node or search.on_cpu)
+        if not inside or pp > search.model.num_layers or rest or search.batch_size % dp:
             continue
         modes: list[dict[str, Any]] = [{"dp_mode": "replicate"}]
         if dp > 1:
