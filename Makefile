@@ -3,8 +3,6 @@ PYTHON ?= python3
 NPROC ?= 2
 # CPU threads of each process: torchrun's own default, without its warning
 THREADS ?= 1
-# test files at a time: ranks wait for each other much of the time
-WORKERS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -36,7 +34,7 @@ pretrain: $(VENV)/installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/pretrain.py --tp $(NPROC) $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
