@@ -99,7 +99,7 @@ def plan(
     seq_len: int = 0,
     precision: Precision = "bf16",
 ) -> list[Plan]:
-    """Every layout that fits, the fastest predicted first.
+    """The layouts that are tried (`layouts`, RECOMPUTE, PIPELINES) and fit, the fastest predicted first.
 
     model: a known name (llama-70b) or a config; device_name: a name of the hardware table, or a calibrated machine's
     JSON file; seq_len 0: 8192, or max_seq_len where that is less.

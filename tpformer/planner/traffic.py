@@ -3,6 +3,7 @@
 from tpformer.planner.candidate import Candidate
 from tpformer.planner.dp_traffic import dp_traffic
 from tpformer.planner.message import Traffic
+from tpformer.planner.network import group
 from tpformer.planner.pp_traffic import pp_traffic
 from tpformer.planner.share import share_of
 from tpformer.planner.tp_traffic import tp_traffic
@@ -35,9 +36,7 @@ def traffic(candidate: Candidate, pp_rank: int = 0, *, dp_rank: int = 0) -> tupl
 
 def axis_size(candidate: Candidate, axis: str) -> int:
     """Ranks of a mesh axis, by the name that the trace has for it."""
-    p = candidate.parallel
-    sizes = {"tp": p.tp, "pp": p.pp, "dp": candidate.dp, "dp_shard": candidate.shards, "world": candidate.world_size}
-    return sizes[axis] if axis in sizes else candidate.dp // candidate.shards
+    return group(axis, candidate.parallel, candidate.shards)[0]
 
 
 def _world(candidate: Candidate) -> str:
